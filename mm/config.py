@@ -1,0 +1,141 @@
+"""What a multimodal model is made of, and strict reading of such descriptions from JSON and YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Union
+
+from lm.config import LlamaConfig
+from vision.adapter import ImageAdapterConfig
+from vision.encoder import PRESETS as ENCODER_PRESETS
+from vision.encoder import ImageEncoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """The image part: encoder and cross-attention adapter (section 7.2)."""
+
+    encoder: ImageEncoderConfig
+    adapter: ImageAdapterConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultimodalConfig:
+    """A language model and the parts beside it.
+
+    Attributes:
+        chat: name of the chat format, "llama3" or "chatml".
+        n_new_tokens: rows embedded beside the frozen token table; row i is id `lm.vocab_size + i`.
+        media_ids: token id that stands for a medium in the text, by kind.
+        lm_source: where the language model is loaded from when it is not saved along.
+    """
+
+    lm: LlamaConfig
+    chat: str
+    image: ImageConfig | None = None
+    n_new_tokens: int = 0
+    media_ids: dict[str, int] = dataclasses.field(default_factory=dict)
+    lm_source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image and "image" not in self.media_ids:
+            raise ValueError("media_ids: a model with an image part needs the id of its image token")
+        for kind, token_id in self.media_ids.items():
+            if token_id >= self.lm.vocab_size + self.n_new_tokens:
+                raise ValueError(f"media_ids: id {token_id} of {kind!r} has no embedding row")
+
+
+def _debug_image(lm: LlamaConfig) -> ImageConfig:
+    encoder = ENCODER_PRESETS["debug"]()
+    return ImageConfig(encoder=encoder, adapter=ImageAdapterConfig.for_lm(lm, feature_dim=encoder.feature_dim))
+
+
+def _bundled_image(lm: LlamaConfig) -> ImageConfig:
+    encoder = ENCODER_PRESETS["hybrid-s"]()
+    # A narrow FFN keeps all adapters of the package under its 60 MB.
+    adapter = ImageAdapterConfig.for_lm(lm, feature_dim=encoder.feature_dim, ffn_dim=384)
+    return ImageConfig(encoder=encoder, adapter=adapter)
+
+
+def _paper_image(lm: LlamaConfig) -> ImageConfig:
+    encoder = ENCODER_PRESETS["vit-h-14"]()
+    return ImageConfig(encoder=encoder, adapter=ImageAdapterConfig.for_lm(lm, feature_dim=encoder.feature_dim))
+
+
+#: Image parts by name; each fits itself to the language model that it is given.
+IMAGE_PRESETS: dict[str, Callable[[LlamaConfig], ImageConfig]] = {
+    "debug": _debug_image,
+    "bundled": _bundled_image,
+    "paper": _paper_image,
+}
+
+
+def with_image(lm: LlamaConfig, preset: str, *, chat: str, lm_source: str | None = None) -> MultimodalConfig:
+    """Configuration of a language model with a new image part; its image token is the first new row."""
+    if preset not in IMAGE_PRESETS:
+        raise ValueError(f"image preset {preset!r} is unknown; choose one of {', '.join(IMAGE_PRESETS)}")
+    return MultimodalConfig(
+        lm=lm,
+        chat=chat,
+        image=IMAGE_PRESETS[preset](lm),
+        n_new_tokens=1,
+        media_ids={"image": lm.vocab_size},
+        lm_source=lm_source,
+    )
+
+
+def from_mapping(cls: type, data: Mapping[str, Any], where: str = "config") -> Any:
+    """Builds a dataclass from plain data, nested dataclasses and tuples included.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong shape; names the place.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: expected a mapping of {cls.__name__} fields, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(fields)}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in data
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}")
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(typing.cast(type, hint), value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: expected a list, got {value!r}")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: expected a mapping, got {value!r}")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            raise ValueError(f"{where}: expected a number, got {value!r}") from None
+    if isinstance(hint, type) and (not isinstance(value, hint) or (isinstance(value, bool) and hint is int)):
+        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,178 @@
+"""The whole: an untouched language model with its eyes beside it.
+
+Composition without wrapping: `.lm` is exactly a text `Llama`; encoders and adapters are its siblings and meet it only in `hidden`,
+where the adapters run between its layers. A call without media runs the language model and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lm.chat import chat_format
+from lm.checkpoint import load_llama
+from lm.model import NO_ADAPTERS, Adapters, KVCache, Llama, NewTokenRows, token_positions
+from lm.tokenizer import Tokenizer
+from mm.config import MultimodalConfig
+from mm.processor import Batch, Processor
+from vision.adapter import CrossMemory, ImageAdapter
+from vision.encoder import ImageEncoder
+
+if TYPE_CHECKING:
+    from mm.generate import Event, Generation
+
+
+class MultimodalLlama(nn.Module):
+    """A Llama-family language model that can be asked about pictures.
+
+    Args:
+        config: the language model and the parts beside it.
+        tokenizer: None where the checkpoint came without one; `forward` works, `generate` does not.
+    """
+
+    def __init__(self, config: MultimodalConfig, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.lm = Llama(config.lm)
+        self.new_tokens = NewTokenRows(config.n_new_tokens, config.lm.dim) if config.n_new_tokens else None
+        self.image_encoder = ImageEncoder(config.image.encoder) if config.image else None
+        self.image_adapter = ImageAdapter(config.image.adapter) if config.image else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> MultimodalLlama:
+        """Loads a model.
+
+        Args:
+            source: "bundled", "debug", a directory (ours, Hugging Face's or Meta's layout), a Hub repository or a .gguf file.
+            dtype: of all weights; FP32 when None.
+            device: CPU when None.
+
+        Raises:
+            ValueError: the source is not found, or its tensors do not fit; says which.
+        """
+        from mm.checkpoint import from_pretrained  # the loader builds this class
+
+        return from_pretrained(source, dtype=dtype, device=device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a directory that `from_pretrained` reads."""
+        from mm.checkpoint import save_pretrained
+
+        save_pretrained(self, directory)
+
+    @property
+    def processor(self) -> Processor:
+        """Turns messages into batches for this model.
+
+        Raises:
+            ValueError: the checkpoint came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "this checkpoint has no tokenizer; put its tokenizer.json or tokenizer.model into the directory"
+            )
+        chat = chat_format(self.config.chat, self.tokenizer, self.config.media_ids)
+        return Processor(chat, self.config.image.encoder if self.config.image else None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.embed_tokens.weight.device
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the current stage trains."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def swap_lm(self, source: str | Path) -> None:
+        """Replaces the language model by another of the same shape, such as a base model by its instruct version (7.5.2).
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        weight = self.lm.embed_tokens.weight
+        other = load_llama(source, dtype=weight.dtype, device=weight.device)
+        if other.config != self.config.lm:
+            raise ValueError(
+                f"swap_lm: {source} has another shape than this model's language model:\n{other.config}\n{self.config.lm}"
+            )
+        trains = weight.requires_grad
+        self.lm = other.requires_grad_(trains)
+
+    def encode_media(self, batch: Batch) -> CrossMemory | None:
+        """Runs the image encoder and computes every block's keys and values, once; None without pictures."""
+        if batch.pictures is None:
+            return None
+        if self.image_encoder is None or self.image_adapter is None:
+            raise ValueError("image: this model has no image part")
+        features_PNLF = self.image_encoder(batch.pictures)
+        return self.image_adapter.memory(
+            features_PNLF,
+            batch.pictures,
+            row_P=batch.picture_row_P,
+            position_P=batch.picture_position_P,
+            n_rows=batch.ids_BT.shape[0],
+        )
+
+    def adapters(self, memory: CrossMemory | None, position_BT: Tensor) -> Adapters:
+        """What runs between the layers of the language model for tokens at these positions."""
+        if memory is None:
+            return NO_ADAPTERS
+        assert self.image_adapter is not None
+        return self.image_adapter.bind(memory, position_BT)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        if self.new_tokens is None:
+            return self.lm.embed_tokens(ids_BT)
+        return self.new_tokens(ids_BT, self.lm.embed_tokens)
+
+    def decode(
+        self,
+        ids_BT: Tensor,
+        *,
+        valid_BS: Tensor | None = None,
+        memory: CrossMemory | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Decoder output `(B, T, D)` of tokens that may continue a cached beginning.
+
+        Args:
+            ids_BT: the new tokens.
+            valid_BS: False where a row has padding, over cached and new tokens; None when there is none.
+            memory: what the tokens may look at, from `encode_media`.
+            cache: earlier tokens; these are added.
+        """
+        h_BTD = self.embed(ids_BT)
+        past = cache.length if cache is not None else 0
+        position_BT = token_positions(h_BTD, valid_BS, past)
+        if valid_BS is not None:
+            position_BT = torch.where(valid_BS[:, past:], position_BT, -1)  # padding sees no picture
+        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=self.adapters(memory, position_BT))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Normalised decoder output `(B, T, D)` of whole rows; `self.lm.logits` makes logits of it."""
+        return self.decode(batch.ids_BT, valid_BS=batch.valid_BS, memory=self.encode_media(batch))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits `(B, T, vocab_size)`."""
+        return self.lm.logits(self.hidden(batch))
+
+    def generate(self, prompt: str | list[str] | None = None, **kwargs: Any) -> Generation | list[Generation]:
+        """Answers a prompt, with media beside it; see `mm.generate.generate`."""
+        from mm.generate import generate
+
+        return generate(self, prompt, **kwargs)
+
+    def stream(self, prompt: str | list[dict[str, Any]], **kwargs: Any) -> Iterator[Event]:
+        """Answers as it is made; see `mm.generate.stream`."""
+        from mm.generate import stream
+
+        return stream(self, prompt, **kwargs)

@@ -1,0 +1,144 @@
+"""Messages become samples, samples become batches. The only place where media meet token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.images import load_image
+from lm.chat import ChatFormat, Encoded
+from vision.encoder import ImageEncoderConfig
+from vision.tiling import Pictures, Tiles, tile_image
+
+Style = Literal["chat", "plain"]
+
+
+@dataclass
+class Sample:
+    """One conversation, ready to be batched.
+
+    Attributes:
+        supervised: True for ids whose prediction is trained.
+        tiles: the pictures in reading order; picture k stands at index `picture_positions[k]` of `ids`.
+    """
+
+    ids: list[int]
+    supervised: list[bool]
+    tiles: list[Tiles] = field(default_factory=list)
+    picture_positions: list[int] = field(default_factory=list)
+    key: str = ""
+
+
+@dataclass
+class Batch:
+    """Rows of token ids with the pictures of all rows, flattened in reading order.
+
+    Attributes:
+        ids_BT: token ids, padded.
+        valid_BT: False at padding.
+        supervised_BT: ids whose prediction is trained.
+        pictures: P pictures of all rows, or None.
+        picture_row_P: row of each picture.
+        picture_position_P: index of its token in the row, padding not counted.
+    """
+
+    ids_BT: Tensor
+    valid_BT: Tensor
+    supervised_BT: Tensor
+    pictures: Pictures | None
+    picture_row_P: Tensor
+    picture_position_P: Tensor
+    keys: list[str] = field(default_factory=list)
+
+    @property
+    def valid_BS(self) -> Tensor | None:
+        """`valid_BT`, or None when nothing is padded, which lets attention take its fast path."""
+        return None if bool(self.valid_BT.all()) else self.valid_BT
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, pictures=self.pictures and self.pictures.to(device))
+
+
+class Processor:
+    """Turns messages into samples and batches, for one chat format and one image encoder.
+
+    Args:
+        chat: writes messages as ids.
+        image: the image encoder's configuration (tile size and count); None for a model without eyes.
+    """
+
+    def __init__(self, chat: ChatFormat, image: ImageEncoderConfig | None) -> None:
+        self.chat = chat
+        self.image = image
+
+    def tokenize(
+        self, messages: Sequence[dict[str, Any]], *, style: Style = "chat", add_generation_prompt: bool = False
+    ) -> Encoded:
+        """Ids and media spans; media are not opened.
+
+        Style "chat" is the model's conversation format. "plain" is a base model's: the media and text of all messages run on,
+        without roles, for pre-training on captions.
+        """
+        if style == "chat":
+            return self.chat.encode(messages, add_generation_prompt=add_generation_prompt)
+        if style != "plain":
+            raise ValueError(f"style {style!r} is unknown; choose 'chat' or 'plain'")
+        parts: list[Any] = []
+        for message in messages:
+            content = message["content"]
+            parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return self.chat.encode_plain(parts, end=not add_generation_prompt)
+
+    def encode(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        style: Style = "chat",
+        add_generation_prompt: bool = False,
+        key: str = "",
+    ) -> Sample:
+        """Tokenises and opens the media.
+
+        Raises:
+            ValueError: a broken medium, or one that this model has no part for.
+        """
+        encoded = self.tokenize(messages, style=style, add_generation_prompt=add_generation_prompt)
+        sample = Sample(ids=encoded.ids, supervised=encoded.supervised, key=key)
+        for span in encoded.media:
+            if span.kind != "image" or self.image is None:
+                raise ValueError(
+                    f"{span.kind}: this model has no part that understands it; load one that has, such as 'bundled'"
+                )
+            picture = load_image(span.source)
+            sample.tiles.append(tile_image(picture, self.image.tile_size, self.image.max_tiles))
+            sample.picture_positions.append(span.position)
+        return sample
+
+    def collate(self, samples: Sequence[Sample], *, pad_side: Literal["left", "right"] = "right") -> Batch:
+        """Pads samples to one length: right for training, left for generation."""
+        length = max(len(sample.ids) for sample in samples)
+
+        def padded(rows: list[list[Any]], dtype: torch.dtype) -> Tensor:
+            out = torch.zeros(len(rows), length, dtype=dtype)
+            for i, row in enumerate(rows):
+                start = length - len(row) if pad_side == "left" else 0
+                out[i, start : start + len(row)] = torch.tensor(row, dtype=dtype)
+            return out
+
+        tiles = [tile for sample in samples for tile in sample.tiles]
+        # The released encoder lets padding be seen, so its result needs all tiles there.
+        n_tiles = self.image.max_tiles if self.image and self.image.released_padding_quirk else None
+        return Batch(
+            ids_BT=padded([sample.ids for sample in samples], torch.int64),
+            valid_BT=padded([[True] * len(sample.ids) for sample in samples], torch.bool),
+            supervised_BT=padded([sample.supervised for sample in samples], torch.bool),
+            pictures=Pictures.collate(tiles, n_tiles=n_tiles) if tiles else None,
+            picture_row_P=torch.tensor([i for i, s in enumerate(samples) for _ in s.tiles], dtype=torch.int64),
+            picture_position_P=torch.tensor([p for s in samples for p in s.picture_positions], dtype=torch.int64),
+            keys=[sample.key for sample in samples],
+        )

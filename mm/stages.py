@@ -1,0 +1,134 @@
+"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4 and 7.5.2).
+
+`apply` is the only code that touches `requires_grad`. A stage starts from what the one before exported, weights without optimiser
+state, so its optimiser always starts anew, as the paper does for annealing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from torch import nn
+
+#: Where a parameter belongs, told by its name; the first pattern that matches wins.
+PARTS: tuple[tuple[str, str], ...] = (
+    (r"image_encoder\.patch_embed\.backbone\.", "stem"),
+    # What the adapter stage adds to the contrastively trained ViT; its gates start at zero.
+    (r"image_encoder\.(global_blocks|pre_tile_positional_embedding|post_tile_positional_embedding)\.", "gated_layers"),
+    (r"image_encoder\.gated_positional_embedding\.(tile_embedding|gate)$", "gated_layers"),
+    (r"image_encoder\.", "vit"),
+    (r"image_adapter\.", "image_adapter"),
+    (r"(lm|new_tokens)\.", "lm"),
+    (r"(text_tower|image_projection|logit_scale)\b", "contrastive_head"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRates:
+    """Peak learning rate of each group of parameters; 0 freezes the group.
+
+    Attributes:
+        encoder: the ViT and its gated layers.
+        stem: a hybrid encoder's convolutional backbone.
+        adapter: projection and cross-attention blocks.
+        gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
+        contrastive_head: text tower and projections of contrastive pre-training.
+    """
+
+    encoder: float = 0.0
+    stem: float = 0.0
+    adapter: float = 0.0
+    gates: float = 0.0
+    contrastive_head: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(f"lr.{field.name} must not be negative, got {getattr(self, field.name)}")
+
+
+#: Learning rate of a part's parameters other than gates. Parts that are not here never train.
+RATE_OF_PART = {
+    "stem": "stem",
+    "vit": "encoder",
+    "gated_layers": "encoder",
+    "image_adapter": "adapter",
+    "contrastive_head": "contrastive_head",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One line of the paper's matrix.
+
+    Attributes:
+        trains: parts that train; all others are frozen.
+        loss: "contrastive" between pictures and texts, or "next-token" on supervised tokens.
+        swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
+        masks_prompts: only answers are supervised, so its data must be conversations.
+    """
+
+    name: str
+    trains: frozenset[str]
+    loss: Literal["contrastive", "next-token"]
+    swaps_lm: bool = False
+    masks_prompts: bool = False
+
+
+_EYES = frozenset({"stem", "vit", "gated_layers", "image_adapter"})
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(name="image-encoder", trains=frozenset({"stem", "vit", "contrastive_head"}), loss="contrastive"),
+        Stage(name="image-adapter", trains=_EYES, loss="next-token"),
+        Stage(name="image-anneal", trains=_EYES, loss="next-token"),
+        Stage(name="image-sft", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
+    )
+}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, by its name in `MultimodalLlama` or `ContrastiveModel`."""
+    for pattern, part in PARTS:
+        if re.match(pattern, name):
+            return part
+    raise AssertionError(f"parameter {name} belongs to no part; add it to PARTS")
+
+
+def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Freezes and unfreezes every parameter and puts frozen parts in eval mode; idempotent.
+
+    Returns:
+        The optimiser's parameter groups: `params`, `names`, `lr`, `weight_decay`, and `name` of the learning rate. They hold exactly
+        the parameters that train. Gates, norms and biases are not decayed.
+
+    Raises:
+        ValueError: nothing would train.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    trained_modules: set[str] = set()
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        is_gate = name.rsplit(".", 1)[-1].split("_")[0] == "gate" or name.endswith("_gate")
+        rate_name = "gates" if is_gate else RATE_OF_PART.get(part, "")
+        rate = getattr(rates, rate_name, 0.0) if part in stage.trains else 0.0
+        parameter.requires_grad_(rate > 0)
+        if rate == 0:
+            continue
+        trained_modules.add(name.rpartition(".")[0])
+        decays = parameter.ndim > 1
+        group = groups.setdefault(
+            (rate_name, decays),
+            {"name": rate_name, "params": [], "names": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise ValueError(f"optim.lr: every part that stage {stage.name} trains has learning rate 0")
+    for name, module in model.named_modules():
+        inside = any(trained == name or trained.startswith(f"{name}.") or not name for trained in trained_modules)
+        module.training = inside
+    return list(groups.values())
