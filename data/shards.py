@@ -41,12 +41,14 @@ class Sample:
             `{"type": "image", "image": bytes}`. A captioned picture is a user who shows it and an assistant who says
             the caption.
         metadata: the sample's JSON.
+        caption: the sample's text file; None where there is none.
     """
 
     key: str
     source: str
     messages: list[dict[str, Any]]
     metadata: dict[str, Any]
+    caption: str | None = None
 
 
 class Source(Protocol):
@@ -141,7 +143,8 @@ class ShardSource:
             metadata = json.loads(files["json"]) if "json" in files else {}
             pictures = [files[extension] for extension in sorted(files) if _PICTURE.fullmatch(extension)]
             caption = files["txt"].decode() if "txt" in files else None
-            return Sample(key=key, source=self.name, messages=_messages(metadata, pictures, caption), metadata=metadata)
+            messages = _messages(metadata, pictures, caption)
+            return Sample(key=key, source=self.name, messages=messages, metadata=metadata, caption=caption)
         except ValueError as error:
             raise ValueError(f"{error} (sample {key!r} of shard {str(shard)!r})") from error
 

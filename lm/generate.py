@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,15 +94,23 @@ def decode_loop(
         logits_BV = step(ids_B)
 
 
+#: Runs new tokens, `(ids_BT, valid_BS, cache) -> hidden_BTD`, as `Llama.hidden` does; above, with what the tokens may look at.
+Decoder = Callable[[Tensor, Tensor | None, KVCache], Tensor]
+
+
 @torch.inference_mode()
-def generate_text(
+def decode_prompts(
     llama: Llama,
+    decoder: Decoder,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[Sequence[int]],
     params: SamplingParams,
     stop_ids: Collection[int],
-) -> list[GeneratedText]:
-    """Continues prompts of any lengths as one batch, with the text model alone.
+) -> Iterator[list[Step | None]]:
+    """Continues prompts of any lengths as one left-padded batch; a row's answer does not depend on the others.
+
+    Yields:
+        As `decode_loop`.
 
     Raises:
         ValueError: no prompts, an empty one, or prompt and answer together exceed the model's `max_seq_len`.
@@ -110,7 +118,7 @@ def generate_text(
     if not prompt_ids or not all(prompt_ids):
         raise ValueError("prompt_ids: give at least one prompt, and at least one token in each")
     longest = max(map(len, prompt_ids))
-    n_tokens = longest + params.max_new_tokens - 1  # the last one is not fed
+    n_tokens = longest + params.max_new_tokens - 1  # the last token is never fed
     if n_tokens > llama.config.max_seq_len:
         raise ValueError(
             f"max_new_tokens: a prompt of {longest} tokens and {params.max_new_tokens} new ones exceed this model's "
@@ -119,22 +127,44 @@ def generate_text(
     weight = llama.embed_tokens.weight
     ids_BT = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in prompt_ids], device=weight.device)
     n_padding_B1 = torch.tensor([[longest - len(ids)] for ids in prompt_ids], device=weight.device)
-    valid_BS = torch.arange(n_tokens, device=weight.device) >= n_padding_B1
-    is_ragged = any(len(ids) < longest for ids in prompt_ids)
+    valid_BS = torch.arange(n_tokens, device=weight.device) >= n_padding_B1 if n_padding_B1.any() else None
     cache = KVCache(llama.config, len(prompt_ids), n_tokens, dtype=weight.dtype, device=weight.device)
 
     def feed(ids_BT: Tensor) -> Tensor:
-        valid = valid_BS[:, : cache.length + ids_BT.shape[1]] if is_ragged else None
-        hidden_BTD = llama.hidden(llama.embed_tokens(ids_BT), valid_BS=valid, cache=cache)
-        return llama.logits(hidden_BTD[:, -1])
+        valid = None if valid_BS is None else valid_BS[:, : cache.length + ids_BT.shape[1]]
+        return llama.logits(decoder(ids_BT, valid, cache)[:, -1])
 
-    ids: list[list[int]] = [[] for _ in prompt_ids]
-    texts: list[str] = [""] * len(prompt_ids)
-    finished: list[FinishReason] = ["length"] * len(prompt_ids)
-    for steps in decode_loop(feed(ids_BT), lambda ids_B: feed(ids_B[:, None]), params, tokenizer, stop_ids, prompt_ids):
-        for row, step in enumerate(steps):
+    yield from decode_loop(feed(ids_BT), lambda ids_B: feed(ids_B[:, None]), params, tokenizer, stop_ids, prompt_ids)
+
+
+def collect(steps: Iterable[list[Step | None]]) -> list[GeneratedText]:
+    """Runs the steps to their end and gathers each row's."""
+    rows: list[list[Step]] = []
+    for step_of_row in steps:
+        rows = rows or [[] for _ in step_of_row]
+        for row, step in zip(rows, step_of_row, strict=True):
             if step is not None:
-                ids[row].append(step.token_id)
-                texts[row] += step.text
-                finished[row] = step.finished or finished[row]
-    return [GeneratedText(*row) for row in zip(ids, texts, finished, strict=True)]
+                row.append(step)
+    return [gather(row) for row in rows]
+
+
+def gather(row: Sequence[Step]) -> GeneratedText:
+    """A row's steps as one text."""
+    finished = row[-1].finished
+    assert finished is not None
+    return GeneratedText([step.token_id for step in row], "".join(step.text for step in row), finished)
+
+
+def generate_text(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[Sequence[int]],
+    params: SamplingParams,
+    stop_ids: Collection[int],
+) -> list[GeneratedText]:
+    """Continues prompts with the text model alone; arguments as in `decode_prompts`."""
+
+    def decoder(ids_BT: Tensor, valid_BS: Tensor | None, cache: KVCache) -> Tensor:
+        return llama.hidden(llama.embed_tokens(ids_BT), valid_BS=valid_BS, cache=cache)
+
+    return collect(decode_prompts(llama, decoder, tokenizer, prompt_ids, params, stop_ids))

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from lm import hub
-from lm.checkpoint import export_huggingface, load_llama, load_strict, read_json, read_meta_checkpoint, read_safetensors
+from lm.checkpoint import export_huggingface, load_llama, load_strict, read_json, read_meta_shards, read_safetensors
 from lm.config import PRESETS
-from lm.model import Llama
 from lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from mm.config import MultimodalConfig, from_mapping, with_image
+from mm.config import ImageConfig, MultimodalConfig, from_mapping, with_image
 from mm.model import MultimodalLlama
 from vision import mllama
 
 MODEL_TYPE = "llama-multimodal"
-CONFIG_FILE, ADAPTERS_FILE, LM_DIRECTORY = "config.json", "adapters.safetensors", "lm"
+ADAPTERS = "adapters.safetensors"
+LM_FOLDER = "lm"
 
 
 def from_pretrained(
@@ -41,18 +43,68 @@ def from_pretrained(
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _load_path(path: Path, dtype: torch.dtype) -> MultimodalLlama:
-    if path.is_dir() and (path / CONFIG_FILE).exists():
-        model_type = read_json(path / CONFIG_FILE).get("model_type")
-        if model_type == MODEL_TYPE:
-            return _load_ours(path, dtype)
-        if model_type == "mllama":
-            return _load_mllama(mllama.from_huggingface(read_safetensors(path), read_json(path / CONFIG_FILE)), path)
-    if path.is_dir() and (path / "params.json").exists():
-        params = read_json(path / "params.json")
-        if "vision_num_cross_attention_layers" in params:
-            return _load_mllama(mllama.from_meta(read_meta_checkpoint(path), params), path)
-    return compose(path, None, dtype=dtype)
+def save_pretrained(model: MultimodalLlama, directory: str | Path) -> None:
+    """Writes `config.json`, the parts beside the language model, its tokenizer, and the language model.
+
+    A language model that came from the registry of `lm.hub` is pinned by its hash, so it is named instead of copied.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    by_name = model.config.lm_source in hub.REGISTRY
+    config = model.config if by_name else dataclasses.replace(model.config, lm_source=None)
+    if not by_name:
+        export_huggingface(model.lm, directory / LM_FOLDER)
+        if model.tokenizer is not None:
+            model.tokenizer.save(directory)
+    _write_json(directory / "config.json", {"model_type": MODEL_TYPE, **dataclasses.asdict(config)})
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("lm.")}
+    save_torch_state_dict(state, directory, filename_pattern="adapters{suffix}.safetensors")
+
+
+def export_mllama(model: MultimodalLlama, directory: str | Path, layout: str) -> None:
+    """Writes the model as Llama 3.2 Vision, for transformers ("huggingface") or Meta's own code ("meta").
+
+    Raises:
+        ValueError: the layout is unknown, or has no place for a part of this model.
+    """
+    if model.config.image is None:
+        raise ValueError("convert: a model without an image part is no Llama 3.2 Vision")
+    configs = mllama.MllamaConfigs(
+        lm=model.config.lm,
+        encoder=model.config.image.encoder,
+        adapter=model.config.image.adapter,
+        image_token_id=model.config.media_ids["image"],
+    )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if layout == "huggingface":
+        tensors, config = mllama.to_huggingface(model.state_dict(), configs)
+        save_torch_state_dict(tensors, directory)
+        _write_json(directory / "config.json", config)
+    elif layout == "meta":
+        tensors, params = mllama.to_meta(model.state_dict(), configs)
+        torch.save(tensors, directory / "consolidated.00.pth")
+        _write_json(directory / "params.json", params)
+    else:
+        raise ValueError(f"convert: layout {layout!r} is unknown; choose 'huggingface' or 'meta'")
+    if model.tokenizer is not None:
+        model.tokenizer.save(directory)
+
+
+def compose(lm_source: str | Path, image: str | None = None, dtype: torch.dtype = torch.float32) -> MultimodalLlama:
+    """A language model, with a new image part of this name (`mm.config.IMAGE_PRESETS`) or without one.
+
+    The new part is untrained; its gates are zero, so the model answers as the language model alone.
+    """
+    path = lm_source if lm_source == "debug" else hub.resolve(lm_source)
+    lm = load_llama(lm_source, dtype=dtype)
+    tokenizer = _find_tokenizer(path)
+    chat = _chat_of(tokenizer)
+    if image is None:
+        config = MultimodalConfig(lm=lm.config, chat=chat, lm_source=str(lm_source))
+    else:
+        config = with_image(lm.config, image, chat=chat, lm_source=str(lm_source))
+    return MultimodalLlama(config, tokenizer, lm=lm)
 
 
 def debug_model(seed: int = 0) -> MultimodalLlama:
@@ -64,22 +116,67 @@ def debug_model(seed: int = 0) -> MultimodalLlama:
             if "gate" in name.rsplit(".", 1)[-1]:
                 parameter.fill_(0.5)
             elif parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 
 
-def compose(
-    lm_source: str | Path, image: str | None, *, lm: Llama | None = None, dtype: torch.dtype = torch.float32
-) -> MultimodalLlama:
-    """A language model with a new, untrained image part (an `IMAGE_PRESETS` name), or with none."""
-    lm = lm or load_llama(lm_source, dtype=dtype)
-    tokenizer = find_tokenizer(lm_source)
-    chat = chat_name(tokenizer)
-    if image is None:
-        config = MultimodalConfig(lm=lm.config, chat=chat, lm_source=str(lm_source))
-    else:
-        config = with_image(lm.config, image, chat=chat, lm_source=str(lm_source))
-    model = _empty(config, tokenizer)
-    model.lm = lm
-    ...
+def _load_path(path: Path, dtype: torch.dtype) -> MultimodalLlama:
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        if config.get("model_type") == MODEL_TYPE:
+            return _load_ours(path, dtype)
+        if config.get("model_type") == "mllama":
+            return _load_mllama(path, *mllama.from_huggingface(read_safetensors(path), config))
+    if (path / "params.json").is_file():
+        params = read_json(path / "params.json")
+        if params.get("vision_chunk_size"):
+            return _load_mllama(path, *mllama.from_meta(read_meta_shards(path, mllama.META_SPLIT_DIM), params))
+    return compose(path, dtype=dtype)
+
+
+def _load_ours(directory: Path, dtype: torch.dtype) -> MultimodalLlama:
+    data = read_json(directory / "config.json")
+    data.pop("model_type", None)
+    config = from_mapping(MultimodalConfig, data, str(directory / "config.json"))
+    lm_source = config.lm_source or directory / LM_FOLDER
+    tokenizer = _find_tokenizer(hub.resolve(lm_source) if config.lm_source else directory)
+    model = MultimodalLlama(config, tokenizer, lm=load_llama(lm_source, dtype=dtype))
+    state = read_safetensors(directory, ADAPTERS)
+    state |= {f"lm.{key}": tensor for key, tensor in model.lm.state_dict().items()}
+    load_strict(model, state, str(directory))
     return model
+
+
+def _load_mllama(path: Path, state: Mapping[str, Tensor], configs: mllama.MllamaConfigs) -> MultimodalLlama:
+    tokenizer = _find_tokenizer(path)
+    config = MultimodalConfig(
+        lm=configs.lm,
+        chat=_chat_of(tokenizer),
+        image=ImageConfig(encoder=configs.encoder, adapter=configs.adapter),
+        n_new_tokens=mllama.N_NEW_TOKENS,
+        media_ids={"image": configs.image_token_id},
+    )
+    with torch.device("meta"):
+        model = MultimodalLlama(config, tokenizer)
+    load_strict(model, state, str(path))
+    return model
+
+
+def _find_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where it came without one, which is enough for `forward`."""
+    if (
+        path != "debug"
+        and Path(path).is_dir()
+        and not any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    ):
+        return None
+    return load_tokenizer(path)
+
+
+def _chat_of(tokenizer: Tokenizer | None) -> str:
+    """Name of the chat format that a tokenizer's special tokens belong to; Llama 3's when there is no tokenizer."""
+    return "chatml" if tokenizer is not None and "<|im_start|>" in tokenizer.special_tokens else "llama3"
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")

@@ -92,7 +92,7 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "config") -> A
     """Builds a dataclass from plain data, nested dataclasses and tuples included.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong shape; names the place.
+        ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type; names it.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where}: expected a mapping of {cls.__name__} fields, got {type(data).__name__}")
@@ -106,9 +106,7 @@ def from_mapping(cls: type, data: Mapping[str, Any], where: str = "config") -> A
     missing = [
         name
         for name, field in fields.items()
-        if name not in data
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"{where}: missing {', '.join(missing)}")

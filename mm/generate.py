@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lm.generate import Step, decode_loop
+from lm.generate import GeneratedText, Step, collect, decode_prompts, gather
 from lm.model import KVCache
 from lm.sampling import SamplingParams
+from mm.processor import Style
 
 if TYPE_CHECKING:
     from mm.model import MultimodalLlama
@@ -58,6 +58,7 @@ def generate(
     *,
     image: Any = None,
     messages: Messages | Sequence[Messages] | None = None,
+    style: Style = "chat",
     **sampling: Any,
 ) -> Generation | list[Generation]:
     """Answers one prompt, or a batch of prompts (each row as if it were alone).
@@ -67,6 +68,7 @@ def generate(
         image: a path, bytes, PIL picture or array; a list of them for one prompt with several pictures. With a list of prompts, a
             list with the pictures (or None) of each. Pictures come before the text.
         messages: a conversation `[{"role": ..., "content": ...}]` instead of a prompt, or a list of conversations.
+        style: "chat" for models that follow instructions; "plain" continues pictures and text as a base model does.
         **sampling: fields of `lm.sampling.SamplingParams`: max_new_tokens, temperature (0 = greedy), top_k, top_p, min_p,
             repetition_penalty, seed, stop.
 
@@ -74,10 +76,8 @@ def generate(
         ValueError: a broken medium, an unknown option, a prompt beyond the context, or neither prompt nor messages.
     """
     conversations, is_batch = _conversations(prompt, image, messages)
-    rows = [_Row() for _ in conversations]
-    for row, step in _decode(model, conversations, _sampling(sampling)):
-        rows[row].add(step)
-    generations = [row.generation() for row in rows]
+    rows = collect(_decode(model, conversations, _sampling(sampling), style))
+    generations = [_generation(row) for row in rows]
     return generations if is_batch else generations[0]
 
 
@@ -93,30 +93,22 @@ def stream(
     Args: as `generate`; `prompt` may also be a list of messages.
     """
     is_messages = prompt is not None and not isinstance(prompt, str)
-    conversations, is_batch = _conversations(None, image, prompt) if is_messages else _conversations(prompt, image, None)
+    conversations, is_batch = (
+        _conversations(None, image, prompt) if is_messages else _conversations(prompt, image, None)
+    )
     if is_batch:
         raise ValueError("stream: takes one prompt or conversation; use generate for a batch")
-    row = _Row()
-    for _, step in _decode(model, conversations, _sampling(sampling)):
-        row.add(step)
+    steps = []
+    for (step,) in _decode(model, conversations, _sampling(sampling)):
+        assert step is not None  # the only row
+        steps.append(step)
         if step.text:
             yield TextDelta(step.text)
-    yield Done(row.generation())
+    yield Done(_generation(gather(steps)))
 
 
-class _Row:
-    """Collects the steps of one row."""
-
-    def __init__(self) -> None:
-        self.text, self.tokens, self.reason = "", [], "length"
-
-    def add(self, step: Step) -> None:
-        self.text += step.text
-        self.tokens.append(step.token_id)
-        self.reason = step.finished or self.reason
-
-    def generation(self) -> Generation:
-        return Generation(self.text, self.tokens, self.reason)
+def _generation(row: GeneratedText) -> Generation:
+    return Generation(row.text, row.ids, row.finished)
 
 
 def _sampling(options: dict[str, Any]) -> SamplingParams:
@@ -154,35 +146,18 @@ def _user_turn(prompt: str | None, image: Any) -> Messages:
     return [{"role": "user", "content": parts}]
 
 
-@torch.inference_mode()
 def _decode(
-    model: MultimodalLlama, conversations: Sequence[Messages], params: SamplingParams
-) -> Iterator[tuple[int, Step]]:
-    """Yields `(row, step)` as tokens are made."""
+    model: MultimodalLlama, conversations: Sequence[Messages], params: SamplingParams, style: Style = "chat"
+) -> Iterator[list[Step | None]]:
+    """Steps of all rows as they are made."""
     processor = model.processor
     assert model.tokenizer is not None
-    samples = [processor.encode(messages, add_generation_prompt=True) for messages in conversations]
-    batch = processor.collate(samples, pad_side="left").to(model.device)
-    n_rows, n_prompt = batch.ids_BT.shape
-    n_tokens = n_prompt + params.max_new_tokens
-    if n_tokens > model.config.lm.max_seq_len:
-        raise ValueError(
-            f"max_new_tokens: a prompt of {n_prompt} tokens and {params.max_new_tokens} new ones exceed this model's "
-            f"max_seq_len of {model.config.lm.max_seq_len}; lower max_new_tokens or shorten the prompt"
-        )
-    cache = KVCache(model.config.lm, n_rows, n_tokens, dtype=model.lm.embed_tokens.weight.dtype, device=model.device)
-    memory = model.encode_media(batch)
-    valid_BS = F.pad(batch.valid_BT, (0, params.max_new_tokens), value=True) if batch.valid_BS is not None else None
+    samples = [processor.encode(messages, style=style, add_generation_prompt=True) for messages in conversations]
+    with torch.inference_mode():
+        memory = model.encode_media(processor.collate(samples).to(model.device))
 
-    def feed(ids_BT: Tensor) -> Tensor:
-        valid = None if valid_BS is None else valid_BS[:, : cache.length + ids_BT.shape[1]]
-        return model.lm.logits(model.decode(ids_BT, valid_BS=valid, memory=memory, cache=cache)[:, -1])
+    def decoder(ids_BT: Tensor, valid_BS: Tensor | None, cache: KVCache) -> Tensor:
+        return model.decode(ids_BT, valid_BS=valid_BS, memory=memory, cache=cache)
 
     prompt_ids = [sample.ids for sample in samples]
-    steps = decode_loop(
-        feed(batch.ids_BT), lambda ids_B: feed(ids_B[:, None]), params, model.tokenizer, processor.chat.stop_ids, prompt_ids
-    )
-    for rows in steps:
-        for row, step in enumerate(rows):
-            if step is not None:
-                yield row, step
+    return decode_prompts(model.lm, decoder, model.tokenizer, prompt_ids, params, processor.chat.stop_ids)

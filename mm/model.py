@@ -7,6 +7,7 @@ where the adapters run between its layers. A call without media runs the languag
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,14 @@ class MultimodalLlama(nn.Module):
     Args:
         config: the language model and the parts beside it.
         tokenizer: None where the checkpoint came without one; `forward` works, `generate` does not.
+        lm: the language model, when it is loaded already; a new one otherwise.
     """
 
-    def __init__(self, config: MultimodalConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: MultimodalConfig, tokenizer: Tokenizer | None = None, lm: Llama | None = None) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.lm = Llama(config.lm)
+        self.lm = Llama(config.lm) if lm is None else lm
         self.new_tokens = NewTokenRows(config.n_new_tokens, config.lm.dim) if config.n_new_tokens else None
         self.image_encoder = ImageEncoder(config.image.encoder) if config.image else None
         self.image_adapter = ImageAdapter(config.image.adapter) if config.image else None
@@ -106,6 +108,15 @@ class MultimodalLlama(nn.Module):
             )
         trains = weight.requires_grad
         self.lm = other.requires_grad_(trains)
+
+    def resize_tiles(self, tile_size: int) -> None:
+        """Changes the size of the picture tiles, as annealing does (7.4); positions are interpolated."""
+        if self.image_encoder is None or self.config.image is None:
+            raise ValueError("tile_size: this model has no image encoder")
+        if tile_size != self.config.image.encoder.tile_size:
+            self.image_encoder.resize(tile_size)
+            image = replace(self.config.image, encoder=self.image_encoder.config)
+            self.config = replace(self.config, image=image)
 
     def encode_media(self, batch: Batch) -> CrossMemory | None:
         """Runs the image encoder and computes every block's keys and values, once; None without pictures."""

@@ -21,8 +21,12 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"image_encoder\.", "vit"),
     (r"image_adapter\.", "image_adapter"),
     (r"(lm|new_tokens)\.", "lm"),
-    (r"(text_tower|image_projection|logit_scale)\b", "contrastive_head"),
+    (r"(text_encoder|image_projection|logit_scale)\b", "contrastive_head"),
 )
+
+
+#: A tanh gate; `gate_proj.weight` of a SwiGLU is none.
+GATE = re.compile(r"(^|[._])gate(_attn|_ffn)?$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,36 +103,31 @@ def part_of(name: str) -> str:
 
 
 def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Freezes and unfreezes every parameter and puts frozen parts in eval mode; idempotent.
+    """Freezes and unfreezes every parameter; modules are in train mode where they own one that trains. Idempotent.
 
     Returns:
-        The optimiser's parameter groups: `params`, `names`, `lr`, `weight_decay`, and `name` of the learning rate. They hold exactly
-        the parameters that train. Gates, norms and biases are not decayed.
+        The optimiser's parameter groups: `params`, `lr`, `weight_decay`, and the `name` of the learning rate. They hold exactly the
+        parameters that train. Gates, norms and biases are not decayed.
 
     Raises:
         ValueError: nothing would train.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    trained_modules: set[str] = set()
+    model.eval()
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        is_gate = name.rsplit(".", 1)[-1].split("_")[0] == "gate" or name.endswith("_gate")
-        rate_name = "gates" if is_gate else RATE_OF_PART.get(part, "")
+        rate_name = "gates" if GATE.search(name) else RATE_OF_PART.get(part, "")
         rate = getattr(rates, rate_name, 0.0) if part in stage.trains else 0.0
         parameter.requires_grad_(rate > 0)
         if rate == 0:
             continue
-        trained_modules.add(name.rpartition(".")[0])
+        model.get_submodule(name.rpartition(".")[0]).training = True
         decays = parameter.ndim > 1
         group = groups.setdefault(
             (rate_name, decays),
-            {"name": rate_name, "params": [], "names": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},
+            {"name": rate_name, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},
         )
         group["params"].append(parameter)
-        group["names"].append(name)
     if not groups:
         raise ValueError(f"optim.lr: every part that stage {stage.name} trains has learning rate 0")
-    for name, module in model.named_modules():
-        inside = any(trained == name or trained.startswith(f"{name}.") or not name for trained in trained_modules)
-        module.training = inside
     return list(groups.values())

@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,16 +15,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
-import webdataset
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data.make.canvas import Kind, Picture, Split, encode_image, plain_font
+from data.make.charts import Charts
 from data.make.emoji import Emoji
 from data.make.shapes import Shapes
+from data.make.stamps import Stamps
 from data.make.words import Words
+from data.shards import write_shard
 
-KINDS: Mapping[str, Callable[[], Kind]] = {"emoji": Emoji, "shapes": Shapes, "words": Words}
+KINDS: Mapping[str, Callable[[], Kind]] = {kind.name: kind for kind in (Emoji, Shapes, Words, Stamps, Charts)}
 SHARD_SIZE = 2000
 
 
@@ -98,8 +100,8 @@ def sample(kind: Kind, split: Split, seed: int, index: int) -> dict[str, Any]:
     return {
         "__key__": f"{kind.name}-{split}-{index:06d}",
         extension: content,
-        "txt": picture.caption.encode(),
-        "json": json.dumps(annotation(kind, picture), ensure_ascii=False).encode(),
+        "txt": picture.caption,
+        "json": annotation(kind, picture),
     }
 
 
@@ -117,17 +119,11 @@ def annotation(kind: Kind, picture: Picture) -> dict[str, Any]:
     return {"task": kind.name, "kind": kind.name, "conversations": turns, "questions": questions}
 
 
-def write_shard(shard: Shard) -> int:
+def draw_shard(shard: Shard) -> int:
     """Draws and writes one shard; returns its number of samples."""
-
-    def write(file: io.BufferedWriter) -> None:
-        # A fixed time stamp makes equal content equal bytes.
-        with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-            for index in range(shard.start, shard.stop):
-                tar.write(sample(shard.kind, shard.split, shard.seed, index))
-
-    _save_atomically(shard.path, write)
-    return shard.stop - shard.start
+    indices = range(shard.start, shard.stop)
+    write_shard(shard.path, (sample(shard.kind, shard.split, shard.seed, index) for index in indices))
+    return len(indices)
 
 
 def _write_shards(shards: Sequence[Shard], workers: int) -> None:
@@ -135,12 +131,12 @@ def _write_shards(shards: Sequence[Shard], workers: int) -> None:
         bar = stack.enter_context(tqdm(total=sum(s.stop - s.start for s in shards), unit="picture", desc="pictures"))
         if workers == 1 or len(shards) < 2:
             for shard in shards:
-                bar.update(write_shard(shard))
+                bar.update(draw_shard(shard))
             return
         # Spawned, because the caller may run threads of PyTorch.
         pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-        for future in as_completed([pool.submit(write_shard, shard) for shard in shards]):
-            bar.update(future.result())
+        for count in pool.map(draw_shard, shards):  # an error cancels what has not begun
+            bar.update(count)
 
 
 def _write_manifest(

@@ -57,7 +57,10 @@ def _polygon(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
 def _heart() -> list[tuple[float, float]]:
     turns = [2 * math.pi * i / 48 for i in range(48)]
     return [
-        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17)
+        (
+            16 * math.sin(t) ** 3 / 17,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+        )
         for t in turns
     ]
 

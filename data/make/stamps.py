@@ -61,7 +61,7 @@ class Stamps:
     stamps: tuple[tuple[Path, str], ...] = field(default_factory=captioned_stamps)
 
     name: ClassVar[str] = "stamps"
-    sizes: ClassVar[Mapping[Split, int]] = {"train": 10 * 700, "heldout": 700}
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 10 * 610, "heldout": 610}
     sources: ClassVar[Sequence[Source]] = (Source(package=PACKAGE, licence="GPL-2"),)
 
     def draw(self, rng: random.Random, split: Split, index: int) -> Picture:

@@ -73,7 +73,7 @@ FAMILIES: Mapping[Split, Sequence[Family]] = {
         Family("Cantarell", "fonts-cantarell", f"{_O}/cantarell/Cantarell*.otf"),
         Family("Quicksand", "fonts-quicksand", f"{_T}/quicksand/Quicksand*.ttf"),
         Family("Play", "fonts-play", f"{_T}/play/Play*.ttf"),
-        Family("JetBrains Mono", "fonts-jetbrains-mono", f"{_T}/jetbrains-mono/JetBrainsMono*.ttf"),
+        Family("JetBrains Mono", "fonts-jetbrains-mono", f"{_T}/jetbrains-mono/JetBrainsMono*.ttf", _APACHE),
         Family("EB Garamond", "fonts-ebgaramond", f"{_O}/ebgaramond/EBGaramond*.otf"),
         Family("Gentium", "fonts-sil-gentium", f"{_T}/gentium/Gentium*.ttf"),
         Family("Caladea", "fonts-crosextra-caladea", f"{_T}/crosextra/Caladea*.ttf"),
@@ -120,7 +120,7 @@ def wordnet_vocabulary() -> Vocabulary:
     return splits
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # some faces take a megabyte
 def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size)
 

@@ -16,6 +16,7 @@ import yaml
 
 from mm.config import from_mapping
 from mm.stages import STAGES, LearningRates, Stage
+from vision.contrastive import TextTowerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,12 +26,13 @@ class ModelConfig:
     """Where the model comes from.
 
     Attributes:
-        init_from: a model to go on with, usually the `export` of an earlier stage; anything `MultimodalLlama.from_pretrained` takes.
+        init_from: a model to go on with, usually the `export` of an earlier stage; whatever `from_pretrained` takes.
         swap_lm: language model that replaces its own (image-sft).
         lm: language model to give eyes, together with `image`.
         image: name of the new image part (`mm.config.IMAGE_PRESETS`).
-        encoder: image-encoder: name of the encoder's shape (`vision.encoder.PRESETS`). Else: an export of image-encoder to start from.
+        encoder: in image-encoder the name of a shape (`vision.encoder.PRESETS`), in image-adapter an export of image-encoder.
         stem: name of pre-trained weights for a hybrid encoder's stem (`vision.pretrained`).
+        text: shape of the text tower of image-encoder.
     """
 
     init_from: str | None = None
@@ -39,19 +41,22 @@ class ModelConfig:
     image: str | None = None
     encoder: str | None = None
     stem: str | None = None
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One set of shards.
+    """Samples on disk, see docs/data.md.
 
     Attributes:
-        path: glob or brace pattern of shards, see docs/data.md.
+        path: folder or pattern of shards, or a LLaVA file.
+        image_folder: where a LLaVA file's pictures lie; beside it when None.
         weight: share in the mix, relative to the other sources'.
         style: "chat" writes the model's conversation format and supervises answers; "plain" is a base model's captioning format.
     """
 
     path: str
+    image_folder: str | None = None
     weight: float = 1.0
     style: str = "chat"
 
@@ -60,6 +65,11 @@ class SourceConfig:
             raise ValueError(f"style {self.style!r} of {self.path} is unknown; choose 'chat' or 'plain'")
         if self.weight <= 0:
             raise ValueError(f"weight of {self.path} must be positive, got {self.weight}; leave the source out instead")
+
+    @property
+    def name(self) -> str:
+        """How logs and errors call it."""
+        return f"{self.path} ({self.style})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +80,16 @@ class DataConfig:
         heldout: sources for evaluation; none of their samples may be in `sources`.
         workers: processes that decode; 0 decodes in the training process. The order of samples does not depend on it.
         tile_size: side of a tile; the encoder's positions are interpolated to it. The model's own when None.
-        max_tiles: most tiles of a picture; the model's own when None.
         window: batches whose samples are sorted by length together, so that batches need little padding.
+        max_bad_fraction: the run stops once more of the samples than this had to be skipped.
     """
 
     sources: tuple[SourceConfig, ...]
     heldout: tuple[SourceConfig, ...] = ()
     workers: int = 0
     tile_size: int | None = None
-    max_tiles: int | None = None
     window: int = 16
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -190,13 +200,17 @@ class TrainConfig:
         elif model.init_from is None and not (model.lm and model.image):
             raise ValueError("model: give init_from, or lm together with image")
         elif model.init_from and (model.lm or model.image or model.encoder or model.stem):
-            raise ValueError("model: init_from brings its language model, encoder and stem; leave lm, image, encoder and stem out")
+            raise ValueError(
+                "model: init_from brings its language model, encoder and stem; leave lm, image, encoder and stem out"
+            )
         if model.swap_lm and not self.stage_spec.swaps_lm:
             raise ValueError(f"model.swap_lm: stage {self.stage} keeps its language model; image-sft swaps it")
 
     def _check_stage(self) -> None:
         if self.stage_spec.masks_prompts and any(source.style != "chat" for source in self.data.sources):
-            raise ValueError(f"data.sources: stage {self.stage} supervises answers alone, so every source needs style: chat")
+            raise ValueError(
+                f"data.sources: stage {self.stage} supervises answers alone, so every source needs style: chat"
+            )
         if self.stage_spec.loss == "contrastive" and self.optim.micro_batch_size not in (None, self.optim.batch_size):
             raise ValueError(
                 "optim.micro_batch_size: a contrastive batch cannot be cut, its pairs are compared with each other; leave it out"

@@ -22,15 +22,13 @@ CHUNK = 256
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of N tokens through a frozen output head.
 
-    The gradient of the hidden states is made along with the loss, chunk by chunk, so that the logits are computed once and not kept.
+    The gradient of the hidden states is made along with the loss, chunk by chunk, so logits are computed once and not kept.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Callable[[Tensor], Tensor], chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        grads = []
+        grads: list[Tensor] = []
         for hidden, target in zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True):
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])

@@ -1,7 +1,8 @@
 """Checkpoints of a run: whatever a killed run needs to go on exactly, in a folder per step.
 
-`step_000500/` holds `weights.safetensors` (trained tensors; frozen ones come from where they came from), `optimizer.pt` (optimiser and
-random state, read with `weights_only`) and `state.json` (step and data cursor). A folder appears whole or not at all.
+`step_000500/` holds `weights.safetensors` (trained tensors; frozen ones are loaded from their sources again), `optimizer.pt`
+(optimiser and random state, read with `weights_only`) and `state.json` (step and data cursor).
+A folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,21 @@ def path_of(directory: Path, step: int) -> Path:
 
 
 def save(
-    directory: Path, state: RunState, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, keep: int
+    directory: Path,
+    state: RunState,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
 ) -> None:
     """Writes a checkpoint and removes all but the last `keep`."""
     target = path_of(directory, state.step)
     partial = directory / f"partial_{state.step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, partial / "weights.safetensors")
+    save_file(
+        {name: parameter.detach().contiguous() for name, parameter in trained.items()}, partial / "weights.safetensors"
+    )
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     torch.save({"optimizer": optimizer.state_dict(), "random": random}, partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps({"step": state.step, "data": state.data}))
@@ -72,7 +79,9 @@ def load_latest(
     weights = load_file(path / "weights.safetensors")
     if weights.keys() != trained.keys():
         odd = sorted(weights.keys() ^ trained.keys())
-        raise ValueError(f"{path}: holds other tensors than this run trains, such as {odd[0]}; choose another output folder")
+        raise ValueError(
+            f"{path}: holds other tensors than this run trains, such as {odd[0]}; choose another output folder"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])

@@ -1,0 +1,63 @@
+"""Contact sheets: pictures with the question, the right answer and what the model said, green where it is right."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from data.make.canvas import plain_font
+from mm.eval.metrics import exact_match
+
+CELL, MARGIN, LINE, COLUMNS = 200, 8, 16, 6
+#: Characters of a line, and lines of each of the three texts, in a cell.
+CHARACTERS, LINES = 28, 2
+GREEN, RED, GREY, BLACK = (20, 130, 50), (190, 30, 30), (110, 110, 110), (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture, what was asked about it, what is right, and what the model said."""
+
+    picture: Image.Image
+    question: str
+    answer: str
+    prediction: str
+
+    @property
+    def is_right(self) -> bool:
+        return exact_match(self.prediction, self.answer)
+
+
+def contact_sheet(rows: Sequence[Shown], path: str | Path) -> None:
+    """Writes a PNG with one cell per entry; makes the folder where it is missing.
+
+    Raises:
+        ValueError: there is nothing to show.
+    """
+    if not rows:
+        raise ValueError("rows: a contact sheet needs at least one picture")
+    height = CELL + (3 * LINES + 1) * LINE
+    columns = min(COLUMNS, len(rows))
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(rows) / columns) * height), "white")
+    for i, shown in enumerate(rows):
+        _draw_cell(sheet, shown, i % columns * CELL + MARGIN, i // columns * height + MARGIN)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, "PNG")
+
+
+def _draw_cell(sheet: Image.Image, shown: Shown, left: int, top: int) -> None:
+    picture = shown.picture.convert("RGB")  # a copy, which may be shrunk
+    picture.thumbnail((CELL - 2 * MARGIN, CELL - 2 * MARGIN))
+    sheet.paste(picture, (left, top))
+    pen, top = ImageDraw.Draw(sheet), top + CELL - MARGIN
+    verdict = GREEN if shown.is_right else RED
+    for text, colour in ((shown.question, GREY), (shown.answer, BLACK), (shown.prediction, verdict)):
+        for line in textwrap.wrap(text, CHARACTERS)[:LINES] or ["(nothing)"]:
+            pen.text((left, top), line, fill=colour, font=plain_font(12))
+            top += LINE

@@ -1,0 +1,274 @@
+"""The contract of the whole model, clause by clause, on the debug model with its gates open.
+
+Clauses 5 to 8 belong to streaming modules (there are none yet) and to the trainer: tests/mm/test_trainer.py and
+tests/mm/test_resume.py. Clause 10, full tensors against oracles that no one here wrote, is kept where each part is tested:
+
+    transformers Llama, 3.1 RoPE scaling      tests/lm/test_model.py, tests/lm/test_checkpoint.py
+    transformers Mllama                       tests/vision/test_mllama.py; with its processor: tests/mm/test_checkpoint.py
+    transformers Mllama image processor       tests/vision/test_tiling.py
+    timm and open_clip ViT                    tests/vision/test_encoder.py, tests/vision/test_pretrained.py
+    open_clip loss and text tower             tests/vision/test_contrastive.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lm.config import PRESETS
+from lm.model import KVCache
+from mm.checkpoint import debug_model
+from mm.config import IMAGE_PRESETS, with_image
+from mm.model import MultimodalLlama
+from mm.processor import Batch
+from mm.stages import part_of
+from vision.tiling import Pictures
+
+
+class Picture(NamedTuple):
+    """Noise of this size; another seed is another picture."""
+
+    width: int
+    height: int
+    seed: int = 0
+
+    def open(self) -> Image.Image:
+        pixels = np.random.default_rng(self.seed).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+
+Row = tuple[str | Picture, ...]
+
+#: 11, 13 and 5 tokens, each after the token that starts a text. Tiles: 1, then 1 x 3 and 2 x 2 seen together; none; 4 x 1.
+ROWS: tuple[Row, ...] = (
+    ("ab", Picture(29, 23), "cde", Picture(83, 27), Picture(53, 59), "fg"),
+    ("hijklmnopqrs",),
+    (Picture(23, 113), "tuv"),
+)
+PLACES = ((0, 1), (0, 3), (0, 4), (2, 0))  # of the pictures: row and part
+
+
+@pytest.fixture(scope="module")
+def model() -> MultimodalLlama:
+    return MultimodalLlama.from_pretrained("debug")
+
+
+def batch_of(model: MultimodalLlama, *rows: Row, pad_side: str = "left") -> Batch:
+    def sample(row: Row):
+        parts = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.open()}
+            for part in row
+        ]
+        messages = [{"role": "user", "content": parts}]
+        return model.processor.encode(messages, style="plain", add_generation_prompt=True)
+
+    return model.processor.collate([sample(row) for row in rows], pad_side=pad_side)
+
+
+@torch.no_grad()
+def logits_of(model: MultimodalLlama, *rows: Row, pad_side: str = "left") -> tuple[Tensor, Batch]:
+    batch = batch_of(model, *rows, pad_side=pad_side)
+    return model(batch), batch
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+    assert expected.std() > 0.1  # not a comparison of zeros
+
+
+# ------------------------------------------------------------------------------------------------------------- clause 1
+
+FILLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": torch.randn_like,
+    "huge": lambda weight: 1e6 * torch.randn_like(weight),
+    "nan": lambda weight: torch.full_like(weight, torch.nan),
+}
+
+
+@pytest.fixture(scope="module", params=FILLS)
+def any_adapters(request) -> MultimodalLlama:
+    """The debug model with anything in place of its adapters."""
+    torch.manual_seed(0)
+    model = debug_model().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("lm."):
+                parameter.copy_(FILLS[request.param](parameter))
+    return model
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+def test_1_text_is_bit_identical_to_the_bare_lm(any_adapters, pad_side):
+    """Clause 1: without media, the logits are those of the language model alone, whatever the adapters hold."""
+    logits, batch = logits_of(any_adapters, ("abcde",), ROWS[1], ("fgh",), pad_side=pad_side)
+    assert torch.equal(logits, any_adapters.lm(batch.ids_BT, valid_BS=batch.valid_BS))
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+def test_1_a_text_row_among_pictures_is_bit_identical_too(any_adapters, pad_side):
+    """Clause 1: nor do the media of other rows reach it."""
+    logits, batch = logits_of(any_adapters, *ROWS, pad_side=pad_side)
+    known_BT = batch.ids_BT.clamp(max=any_adapters.lm.config.vocab_size - 1)  # the bare table has no image token
+    bare = any_adapters.lm(known_BT, valid_BS=batch.valid_BS)
+    assert torch.equal(logits[1], bare[1])
+    assert not torch.equal(logits[0], bare[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- clause 2
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"seed": 1, "width": 61, "height": 7}], ids=["pixels", "other grid"])
+@pytest.mark.parametrize("k", range(len(PLACES)))
+def test_2_a_picture_changes_only_what_comes_after_it(model, k, other):
+    """Clause 2: other pixels, or another number of tiles, leave earlier tokens and other rows as they were, bit for bit."""
+    row, part = PLACES[k]
+    changed = list(ROWS)
+    changed[row] = (*ROWS[row][:part], ROWS[row][part]._replace(**other), *ROWS[row][part + 1 :])
+    before, batch = logits_of(model, *ROWS)
+    after, _ = logits_of(model, *changed)
+    n_padding = int((~batch.valid_BT[row]).sum())
+    expected_BT = torch.zeros_like(batch.valid_BT)
+    expected_BT[row, n_padding + int(batch.picture_position_P[k]) :] = True
+    assert torch.equal((before != after).any(-1), expected_BT)
+
+
+def test_2_a_row_that_sees_nothing_makes_no_nan(model):
+    """Clause 2: neither in the logits, padding included, nor in any gradient."""
+    model = debug_model()
+    batch = batch_of(model, *ROWS)
+    logits = model(batch)
+    assert logits.isfinite().all()
+    logits[batch.valid_BT].square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- clause 3
+
+LENGTH = 13
+CUTS = {
+    **{f"{i} and steps": [i, *range(i + 1, LENGTH)] for i in range(1, LENGTH)},
+    **{f"{i} and the rest": [i] for i in range(1, LENGTH)},
+    "only steps": list(range(1, LENGTH)),
+    "chunks of 5": [5, 10],
+}
+
+
+@torch.no_grad()
+def logits_in_chunks(model: MultimodalLlama, batch: Batch, cuts: list[int]) -> Tensor:
+    """Logits of a batch that is fed piece by piece; pictures are encoded once."""
+    n_rows, n_tokens = batch.ids_BT.shape
+    memory, cache = model.encode_media(batch), KVCache(model.config.lm, n_rows, n_tokens)
+    chunks = []
+    for start, end in pairwise([0, *cuts, n_tokens]):
+        valid_BS = None if batch.valid_BS is None else batch.valid_BT[:, :end]
+        chunks.append(model.decode(batch.ids_BT[:, start:end], valid_BS=valid_BS, memory=memory, cache=cache))
+    return model.lm.logits(torch.cat(chunks, dim=1))
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("rows", [ROWS, ((*ROWS[0], "wx"),)], ids=["left-padded", "unpadded"])
+def test_3_prefill_and_steps_equal_the_full_forward(model, rows, cuts):
+    """Clause 3: at every split point, with pictures, left padding and a prefill in chunks."""
+    whole, batch = logits_of(model, *rows)
+    assert batch.ids_BT.shape[1] == LENGTH
+    pieces = logits_in_chunks(model, batch, cuts)
+    assert_close(pieces[batch.valid_BT], whole[batch.valid_BT])
+
+
+# ------------------------------------------------------------------------------------------------------------- clause 4
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+def test_4_a_row_of_a_batch_equals_the_row_alone(model, pad_side):
+    """Clause 4: to rounding, wherever the padding is."""
+    together, batch = logits_of(model, *ROWS, pad_side=pad_side)
+    for i, row in enumerate(ROWS):
+        alone, _ = logits_of(model, row)
+        assert_close(together[i, batch.valid_BT[i]], alone[0])
+
+
+@torch.no_grad()
+def test_4_tile_padding_changes_nothing(model):
+    """Clause 4: neither its amount nor what is in it, bit for bit."""
+    batch = batch_of(model, ROWS[1], ("ab", Picture(57, 27), "cd"), ("e", Picture(13, 17), "f"))
+    padded = torch.full((2, 4, 3, 28, 28), torch.nan)
+    padded[batch.pictures.valid_PN.nonzero().unbind(1)] = batch.pictures.tiles_PNCHW[batch.pictures.valid_PN]
+    assert batch.pictures.grid_P2.tolist() == [[1, 3], [1, 1]]
+    more = dataclasses.replace(batch, pictures=Pictures(padded, batch.pictures.grid_P2))
+    assert torch.equal(model(more), model(batch))
+
+
+@torch.no_grad()
+def test_4_the_ids_at_padding_change_nothing(model):
+    """Clause 4: bit for bit."""
+    batch = batch_of(model, *ROWS)
+    other = dataclasses.replace(batch, ids_BT=batch.ids_BT.where(batch.valid_BT, 7))
+    assert torch.equal(model(other)[batch.valid_BT], model(batch)[batch.valid_BT])
+
+
+# ------------------------------------------------------------------------------------------------------------- clause 9
+
+#: Cross-attention blocks of section 7.2's adapter: at every fourth layer, each as large as a layer of this model.
+ADAPTER_SIZES = {
+    "debug": 35_556,
+    "smollm2-135m": 24_781_582,
+    "smollm2-360m": 78_659_600,
+    "smollm2-1.7b": 402_678_540,
+    "llama3-8b": 1_744_898_064,
+    "llama3-70b": 17_113_093_160,
+    "llama3-405b": 98_818_826_046,  # "about 100B"
+    "llama3.2-1b": 243_286_536,
+    "llama3.2-3b": 704_687_886,
+}
+
+
+def sizes(lm: str, image: str) -> Counter[str]:
+    """Parameters of each part of a whole model, and of its projection."""
+    with torch.device("meta"):
+        model = MultimodalLlama(with_image(PRESETS[lm](), image, chat="llama3"))
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts["projection" if ".projection." in name else part_of(name)] += parameter.numel()
+    return counts
+
+
+def test_9_every_whole_preset_has_its_size():
+    """Clause 9: every language model with every image part builds on the meta device, with the counts of the paper."""
+    assert ADAPTER_SIZES.keys() == PRESETS.keys() and len(IMAGE_PRESETS) == 3
+    for lm, n_blocks in ADAPTER_SIZES.items():
+        by_image = {image: sizes(lm, image) for image in IMAGE_PRESETS}
+        width = PRESETS[lm]().dim
+        paper = by_image["paper"]
+        assert paper["image_adapter"] == by_image["debug"]["image_adapter"] == n_blocks
+        assert paper["projection"] == (7680 + 1) * width
+        assert paper["vit"] == pytest.approx(630e6, rel=0.002)
+        assert len({counts["lm"] for counts in by_image.values()}) == 1  # nothing beside it changes the language model
+
+
+@pytest.mark.parametrize("lm", ["llama3-8b", "llama3-70b"])
+def test_9_encoder_gated_layers_and_projection_are_850m(lm):
+    """Clause 9."""
+    counts = sizes(lm, "paper")
+    assert counts["lm"] == {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}[lm] + PRESETS[lm]().dim
+    assert counts["vit"] + counts["gated_layers"] + counts["projection"] == pytest.approx(850e6, rel=0.03)
+
+
+def test_9_the_debug_model_is_small():
+    """Decision 9: under one million parameters, all parts together."""
+    assert sum(sizes("debug", "debug").values()) < 1e6
+
+
+def test_9_bundled_adapters_are_what_the_package_can_carry():
+    """Beside the language model, in two bytes a parameter, they stay below 60 MB."""
+    counts = sizes("smollm2-135m", "bundled")
+    assert 2 * (counts.total() - counts["lm"]) < 60e6

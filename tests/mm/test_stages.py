@@ -1,0 +1,104 @@
+"""Which parts train in which stage: the paper's matrix, and that nothing else does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mm.checkpoint import debug_model
+from mm.stages import STAGES, LearningRates, apply, part_of
+from vision.contrastive import ContrastiveModel, TextTowerConfig
+from vision.encoder import PRESETS, ImageEncoder
+
+RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, contrastive_head=4e-3)
+TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
+
+#: Section 7.4 and 7.5.2: the language model never trains; eyes do in every stage; the adapter from the second on.
+MATRIX = {
+    "image-encoder": {"stem", "vit", "contrastive_head"},
+    "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
+    "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
+    "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
+}
+
+
+def model_of(stage: str) -> nn.Module:
+    if stage == "image-encoder":
+        return ContrastiveModel(ImageEncoder(PRESETS["debug"]()), TEXT)
+    return debug_model()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exactly_the_papers_parts_train(stage: str) -> None:
+    model = model_of(stage)
+    groups = apply(STAGES[stage], model, RATES)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if part_of(name) in MATRIX[stage]}
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_applying_again_and_after_another_stage_gives_the_same(stage: str) -> None:
+    fresh, used = model_of(stage), model_of(stage)
+    apply(STAGES[stage], fresh, RATES)
+    apply(STAGES[stage], used, LearningRates(encoder=1.0))
+    apply(STAGES[stage], used, RATES)
+    apply(STAGES[stage], used, RATES)
+    for (name, a), b in zip(fresh.named_parameters(), used.parameters(), strict=True):
+        assert a.requires_grad == b.requires_grad, name
+    for (name, a), b in zip(fresh.named_modules(), used.modules(), strict=True):
+        assert a.training == b.training, name
+
+
+def test_groups_have_their_rates_and_decay() -> None:
+    model = debug_model()
+    groups = apply(STAGES["image-adapter"], model, RATES, weight_decay=0.1)
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert model.image_encoder is not None and model.image_adapter is not None
+    block = model.image_adapter.blocks["3"]
+    vit = model.image_encoder.blocks[0]
+    expected = {
+        block.cross_attn_attn_gate: (3e-2, 0.0),
+        block.cross_attn_mlp_gate: (3e-2, 0.0),
+        model.image_encoder.global_blocks[0].gate_attn: (3e-2, 0.0),
+        model.image_encoder.gated_positional_embedding.gate: (3e-2, 0.0),
+        block.mlp.gate_proj.weight: (2e-3, 0.1),  # a gate in name only
+        block.input_layernorm.weight: (2e-3, 0.0),
+        model.image_adapter.projection.bias: (2e-3, 0.0),
+        vit.attn.qkv.weight: (1e-3, 0.1),
+        vit.norm1.bias: (1e-3, 0.0),
+    }
+    assert {id(p): value for p, value in expected.items()}.items() <= settings.items()
+
+
+def test_rate_zero_freezes_a_group() -> None:
+    model = debug_model()
+    apply(STAGES["image-adapter"], model, LearningRates(adapter=1e-3))
+    assert {part_of(name) for name, p in model.named_parameters() if p.requires_grad} == {"image_adapter"}
+    assert not any(name.endswith("_gate") for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_frozen_parts_are_in_eval_mode_and_trained_ones_in_train_mode() -> None:
+    model = debug_model().train()
+    apply(STAGES["image-adapter"], model, RATES)
+    assert not any(module.training for module in model.lm.modules())
+    assert model.image_adapter is not None and model.image_adapter.projection.training
+
+
+def test_a_hybrid_encoders_stem_is_a_group_of_its_own() -> None:
+    encoder = nn.Module()
+    with torch.device("meta"):
+        encoder.image_encoder = ImageEncoder(PRESETS["hybrid-s"]())
+    groups = apply(STAGES["image-adapter"], encoder, LearningRates(encoder=1e-3, stem=1e-5))
+    stem = {id(p) for p in encoder.image_encoder.patch_embed.backbone.parameters()}
+    assert stem
+    assert stem == {id(p) for group in groups if group["name"] == "stem" for p in group["params"]}
+
+
+def test_a_stage_in_which_nothing_trains_is_refused() -> None:
+    with pytest.raises(ValueError, match="learning rate 0"):
+        apply(STAGES["image-sft"], debug_model(), LearningRates(contrastive_head=1.0))
+    with pytest.raises(ValueError, match=r"lr\.gates must not be negative"):
+        LearningRates(gates=-1.0)
