@@ -243,7 +243,7 @@ def llama_config_from_huggingface(config: Mapping[str, Any]) -> LlamaConfig:
         n_heads=value("num_attention_heads"),
         n_kv_heads=config.get("num_key_value_heads") or value("num_attention_heads"),
         ffn_dim=value("intermediate_size"),
-        head_dim=config.get("head_dim"),
+        head_dim=config.get("head_dim") or 0,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=rope["rope_theta"],
         rope_scaling=_rope_scaling_from_huggingface(rope),
@@ -352,7 +352,6 @@ def half_rotated(weight: Tensor, n_heads: int) -> Tensor:
 
 
 def _half_rotate_state(state: dict[str, Tensor], config: LlamaConfig) -> None:
-    assert config.head_dim is not None
     for i in range(config.n_layers):
         for name, n_heads in (("q_proj", config.n_heads), ("k_proj", config.n_kv_heads)):
             key = f"layers.{i}.self_attn.{name}.weight"

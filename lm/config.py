@@ -28,7 +28,7 @@ class LlamaConfig:
         vocab_size: rows of the frozen token table; ids at or above it belong to new-token rows.
         dim: width of the residual stream.
         ffn_dim: inner width of the SwiGLU feed-forward network.
-        head_dim: width of one head; `dim // n_heads` when None.
+        head_dim: width of one head; 0 stands for `dim // n_heads`.
         tie_embeddings: the output head is the token table.
     """
 
@@ -38,7 +38,7 @@ class LlamaConfig:
     n_heads: int
     n_kv_heads: int
     ffn_dim: int
-    head_dim: int | None = None
+    head_dim: int = 0
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling | None = None
@@ -48,7 +48,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # as read from JSON
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        if self.head_dim is None:
+        if self.head_dim == 0:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}; give head_dim")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)

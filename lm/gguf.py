@@ -96,7 +96,7 @@ def config_from_metadata(metadata: dict[str, Any], weights: dict[str, Tensor]) -
         n_heads=n_heads,
         n_kv_heads=metadata.get("llama.attention.head_count_kv", n_heads),
         ffn_dim=value("feed_forward_length"),
-        head_dim=metadata.get("llama.attention.key_length"),
+        head_dim=metadata.get("llama.attention.key_length", 0),
         # Stored as FP32: 1e-5 would come back as 9.999999747e-06.
         norm_eps=float(f"{value('attention.layer_norm_rms_epsilon'):.6g}"),
         rope_theta=metadata.get("llama.rope.freq_base", 10_000.0),

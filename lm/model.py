@@ -37,7 +37,6 @@ class RMSNorm(nn.Module):
 
 def rope_frequencies(config: LlamaConfig, device: torch.device | None = None) -> Tensor:
     """Angular frequency of each rotary pair, `(head_dim / 2,)` FP32, with Llama 3.1 scaling where configured."""
-    assert config.head_dim is not None
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
     freq = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
@@ -106,7 +105,6 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        assert config.head_dim is not None
         self.layer, self.head_dim = layer, config.head_dim
         self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)

@@ -109,14 +109,17 @@ def compose(lm_source: str | Path, image: str | None = None, dtype: torch.dtype 
 
 def debug_model(seed: int = 0) -> MultimodalLlama:
     """A random model under 1M parameters with every part, for tests. Its gates are open, so that pictures matter."""
-    model = MultimodalLlama(with_image(PRESETS["debug"](), "debug", chat="chatml"), ByteTokenizer())
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gate" in name.rsplit(".", 1)[-1]:
-                parameter.fill_(0.5)
-            elif parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # vectors keep what their modules draw, which must not differ from call to call
+        torch.manual_seed(seed)
+        model = MultimodalLlama(with_image(PRESETS["debug"](), "debug", chat="chatml"), ByteTokenizer())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "gate" in name.rsplit(".", 1)[-1]:
+                    parameter.fill_(0.5)
+                elif parameter.ndim > 1:
+                    parameter.copy_(torch.randn(parameter.shape) * 0.1)
     return model
 
 

@@ -92,10 +92,10 @@ def stream(
 
     Args: as `generate`; `prompt` may also be a list of messages.
     """
-    is_messages = prompt is not None and not isinstance(prompt, str)
-    conversations, is_batch = (
-        _conversations(None, image, prompt) if is_messages else _conversations(prompt, image, None)
-    )
+    if prompt is None or isinstance(prompt, str):
+        conversations, is_batch = _conversations(prompt, image, None)
+    else:
+        conversations, is_batch = _conversations(None, image, prompt)
     if is_batch:
         raise ValueError("stream: takes one prompt or conversation; use generate for a batch")
     steps = []
@@ -129,7 +129,7 @@ def _conversations(
         if prompt is not None or image is not None:
             raise ValueError("generate: with messages, put the text and the pictures into their content")
         is_batch = bool(messages) and not isinstance(messages[0], dict)
-        return (list(messages) if is_batch else [messages]), is_batch  # type: ignore[list-item]
+        return (list(messages) if is_batch else [messages]), is_batch  # type: ignore[arg-type,list-item]
     if prompt is None or isinstance(prompt, str):
         return [_user_turn(prompt, image)], False
     images = [None] * len(prompt) if image is None else image

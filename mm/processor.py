@@ -60,7 +60,9 @@ class Batch:
         return None if bool(self.valid_BT.all()) else self.valid_BT
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved, pictures=self.pictures and self.pictures.to(device))
 
 
@@ -90,7 +92,9 @@ class Processor:
             raise ValueError(f"style {style!r} is unknown; choose 'chat' or 'plain'")
         parts: list[Any] = []
         for message in messages:
-            content = message["content"]
+            content = message.get("content")
+            if not isinstance(content, str | list | tuple):
+                raise ValueError(f"messages: content must be text or a list of parts, not {type(content).__name__}")
             parts += [{"type": "text", "text": content}] if isinstance(content, str) else content
         return self.chat.encode_plain(parts, end=not add_generation_prompt)
 

@@ -21,16 +21,16 @@ GREEN, RED, GREY, BLACK = (20, 130, 50), (190, 30, 30), (110, 110, 110), (0, 0, 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture, what was asked about it, what is right, and what the model said."""
+    """A picture, what was asked about it, what is right, and what the model said (None where no model was asked)."""
 
     picture: Image.Image
     question: str
     answer: str
-    prediction: str
+    prediction: str | None = None
 
     @property
     def is_right(self) -> bool:
-        return exact_match(self.prediction, self.answer)
+        return self.prediction is not None and exact_match(self.prediction, self.answer)
 
 
 def contact_sheet(rows: Sequence[Shown], path: str | Path) -> None:
@@ -56,8 +56,10 @@ def _draw_cell(sheet: Image.Image, shown: Shown, left: int, top: int) -> None:
     picture.thumbnail((CELL - 2 * MARGIN, CELL - 2 * MARGIN))
     sheet.paste(picture, (left, top))
     pen, top = ImageDraw.Draw(sheet), top + CELL - MARGIN
-    verdict = GREEN if shown.is_right else RED
-    for text, colour in ((shown.question, GREY), (shown.answer, BLACK), (shown.prediction, verdict)):
+    texts = [(shown.question, GREY), (shown.answer, BLACK)]
+    if shown.prediction is not None:
+        texts.append((shown.prediction, GREEN if shown.is_right else RED))
+    for text, colour in texts:
         for line in textwrap.wrap(text, CHARACTERS)[:LINES] or ["(nothing)"]:
             pen.text((left, top), line, fill=colour, font=plain_font(12))
             top += LINE

@@ -69,7 +69,6 @@ class ImageAdapterConfig:
             raise ValueError(
                 f"every must lie between 1 and the {lm.n_layers} layers of the language model, got {every}"
             )
-        assert lm.head_dim is not None
         return cls(
             lm_dim=lm.dim,
             n_heads=lm.n_heads,
@@ -235,6 +234,19 @@ class ImageAdapter(nn.Module):
             layer: partial(block, kv=memory.kv[layer], mask_B1TM=mask_B1TM, sees_BT1=sees_BT1)
             for layer, block in self.layer_blocks()
         }
+
+    @torch.no_grad()
+    def open_gates(self, value: float) -> None:
+        """Opens every gate and zeroes the projections behind them, so that a new adapter still starts as nothing.
+
+        A gate that starts at zero beside random projections wanders about zero and turns their sign over and over, which holds them back
+        on small budgets (docs/LOG.md). This way the projections learn at once and keep their sign.
+        """
+        for _, block in self.layer_blocks():
+            block.cross_attn_attn_gate.fill_(value)
+            block.cross_attn_mlp_gate.fill_(value)
+            block.cross_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
 
     def gates(self) -> dict[int, tuple[float, float]]:
         """How far each block is open: LM layer index -> (tanh of its attention gate, tanh of its feed-forward gate)."""

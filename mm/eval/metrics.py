@@ -24,7 +24,7 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 #: Scores predictions against as many right answers.
@@ -74,7 +74,7 @@ def mean_token_f1(predictions: Sequence[str], answers: Sequence[str]) -> Estimat
 
 _EXACT: Mapping[str, Metric] = {"exact": accuracy}
 _METRICS: Mapping[str, Mapping[str, Metric]] = {
-    "words": {"character error": character_error_rate, "exact": spelling_accuracy},
+    "words": {"CER": character_error_rate, "exact": spelling_accuracy},
     "stamps": {"exact": accuracy, "token F1": mean_token_f1},
 }
 

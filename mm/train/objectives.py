@@ -223,6 +223,9 @@ def load_model(config: TrainConfig) -> MultimodalLlama:
         load_encoder(source.encoder, model.image_encoder)
     if source.stem:
         init_stem(model.image_encoder, source.stem)
+    if source.open_gates is not None:
+        assert model.image_adapter is not None
+        model.image_adapter.open_gates(source.open_gates)
     if source.swap_lm:
         model.swap_lm(source.swap_lm)
     if config.data.tile_size:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +237,11 @@ def test_stage_rules_are_checked(run_data: dict[str, Any]) -> None:
 
 
 def test_the_four_stages_follow_each_other_through_their_scripts(
-    run_data: dict[str, Any], tmp_path: Path, colour_shard: Path, capsys: pytest.CaptureFixture[str]
+    run_data: dict[str, Any],
+    tmp_path: Path,
+    colour_shard: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Encoder -> adapter -> anneal (larger tiles) -> SFT (language model swapped), each from the export before it."""
     plain = {"path": str(colour_shard), "style": "plain"}
@@ -258,7 +264,9 @@ def test_the_four_stages_follow_each_other_through_their_scripts(
     for stage, changes in stages.items():
         path = tmp_path / f"{stage}.yaml"
         path.write_text(yaml.safe_dump(run_data | changes | {"stage": stage, "output": str(tmp_path / stage)}))
-        main(stage, ["--config", str(path), "optim.steps=2"])
+        script = f"mm.train.{stage.replace('-', '_')}"
+        monkeypatch.setattr(sys, "argv", [script, "--config", str(path), "optim.steps=2"])
+        runpy.run_module(script, run_name="__main__")
         assert f"exported {tmp_path / stage / 'export'}" in capsys.readouterr().out
     encoder = load_file(tmp_path / "image-encoder" / "export" / "encoder.safetensors")
     model = MultimodalLlama.from_pretrained(tmp_path / "image-sft" / "export")

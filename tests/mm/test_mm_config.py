@@ -1,0 +1,92 @@
+"""Configurations: what they refuse, and that strict reading from plain data gives them back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from lm.config import PRESETS, LlamaConfig, RopeScaling
+from mm.config import IMAGE_PRESETS, MultimodalConfig, from_mapping, with_image
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """As it comes out of a JSON file."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+@pytest.mark.parametrize("image", IMAGE_PRESETS)
+@pytest.mark.parametrize("lm", ["debug", "llama3-8b", "llama3.2-1b"])
+def test_json_gives_back_the_same_configuration(lm, image):
+    config = with_image(PRESETS[lm](), image, chat="llama3", lm_source="some/where")
+    assert from_mapping(MultimodalConfig, plain(config)) == config
+
+
+def test_the_image_token_is_the_first_row_beside_the_table():
+    config = with_image(PRESETS["debug"](), "debug", chat="chatml")
+    assert (config.media_ids, config.n_new_tokens) == ({"image": 320}, 1)
+    assert config.image.adapter.lm_dim == config.lm.dim
+    assert config.image.adapter.feature_dim == config.image.encoder.feature_dim
+
+
+LM = plain(PRESETS["llama3.2-1b"]())
+WHOLE = plain(with_image(PRESETS["debug"](), "debug", chat="chatml"))
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`WHOLE` with one entry changed; `...` removes it."""
+    data = json.loads(json.dumps(WHOLE))
+    *outer, last = path.split(".")
+    place = data
+    for key in outer:
+        place = place[key]
+    place[last] = value
+    if value is ...:
+        del place[last]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("imagee", 1, r"^the file: unknown key 'imagee'; did you mean 'image'\?"),
+        ("zzzzz", 1, "unknown key 'zzzzz'; known keys are lm, chat, image"),
+        ("image.encoder.tile_sise", 28, r"the file.image.encoder: unknown key 'tile_sise'; did you mean 'tile_size'\?"),
+        ("chat", ..., "the file: missing chat"),
+        ("image.adapter", ..., "the file.image: missing adapter"),
+        ("lm", 7, "the file.lm: expected a mapping of LlamaConfig fields, got int"),
+        ("lm.dim", "48", "the file.lm.dim: expected int, got '48'"),
+        ("lm.dim", True, "the file.lm.dim: expected int, got True"),
+        ("lm.dim", None, "the file.lm.dim: expected int, got None"),
+        ("lm.norm_eps", "small", "the file.lm.norm_eps: expected a number, got 'small'"),
+        ("lm.tie_embeddings", 1, "the file.lm.tie_embeddings: expected bool, got 1"),
+        ("image.adapter.layers", 3, "the file.image.adapter.layers: expected a list, got 3"),
+        ("image.adapter.layers", [1, "3"], r"the file.image.adapter.layers\[1\]: expected int, got '3'"),
+        ("media_ids", [320], "the file.media_ids: expected a mapping"),
+        ("media_ids.image", "320", "the file.media_ids.image: expected int"),
+        ("media_ids.image", 321, "id 321 of 'image' has no embedding row"),
+        ("media_ids", {}, "media_ids: a model with an image part needs the id of its image token"),
+        ("lm.n_kv_heads", 5, "n_heads 6 must be a multiple of n_kv_heads 5"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        from_mapping(MultimodalConfig, nested(path, value), "the file")
+
+
+def test_numbers_as_yaml_reads_them():
+    config = from_mapping(LlamaConfig, LM | {"norm_eps": "1e-6", "rope_theta": 7})
+    assert config.norm_eps == 1e-6 and config.rope_theta == 7.0
+
+
+def test_nested_and_optional_parts():
+    assert from_mapping(LlamaConfig, LM).rope_scaling == RopeScaling(factor=32.0)
+    assert from_mapping(LlamaConfig, LM | {"rope_scaling": None}).rope_scaling is None
+    assert from_mapping(MultimodalConfig, {"lm": LM, "chat": "llama3"}).image is None
+
+
+def test_an_unknown_image_part_names_the_known_ones():
+    with pytest.raises(ValueError, match="image preset 'huge' is unknown; choose one of debug, bundled, paper"):
+        with_image(PRESETS["debug"](), "huge", chat="chatml")
