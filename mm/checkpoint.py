@@ -23,6 +23,7 @@ from lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from mm.config import ImageConfig, MultimodalConfig, from_mapping, with_image
 from mm.model import MultimodalLlama
 from vision import mllama
+from vision.tiling import PIXEL_MEAN, PIXEL_STD
 
 MODEL_TYPE = "llama-multimodal"
 ADAPTERS = "adapters.safetensors"
@@ -143,14 +144,20 @@ def _load_ours(directory: Path, dtype: torch.dtype) -> MultimodalLlama:
     config = from_mapping(MultimodalConfig, data, str(directory / "config.json"))
     lm_source = config.lm_source or directory / LM_FOLDER
     tokenizer = _find_tokenizer(hub.resolve(lm_source) if config.lm_source else directory)
-    model = MultimodalLlama(config, tokenizer, lm=load_llama(lm_source, dtype=dtype))
-    state = read_safetensors(directory, ADAPTERS)
+    lm = load_llama(lm_source, dtype=dtype)
+    if lm.config != config.lm:
+        raise ValueError(
+            f"{directory}: config.json describes another language model than {lm_source}:\n{config.lm}\n{lm.config}"
+        )
+    model = MultimodalLlama(config, tokenizer, lm=lm)
+    state = read_safetensors(directory, ADAPTERS) if config.image else {}
     state |= {f"lm.{key}": tensor for key, tensor in model.lm.state_dict().items()}
     load_strict(model, state, str(directory))
     return model
 
 
 def _load_mllama(path: Path, state: Mapping[str, Tensor], configs: mllama.MllamaConfigs) -> MultimodalLlama:
+    _check_pixel_statistics(path)
     tokenizer = _find_tokenizer(path)
     config = MultimodalConfig(
         lm=configs.lm,
@@ -163,6 +170,16 @@ def _load_mllama(path: Path, state: Mapping[str, Tensor], configs: mllama.Mllama
         model = MultimodalLlama(config, tokenizer)
     load_strict(model, state, str(path))
     return model
+
+
+def _check_pixel_statistics(path: Path) -> None:
+    """Tiles are normalised as the released models'; a processor of transformers can be set to do otherwise."""
+    for name in ("preprocessor_config.json", "processor_config.json"):  # before and since version 5
+        settings = read_json(path / name) if (path / name).is_file() else {}
+        settings = settings.get("image_processor", settings)
+        for key, ours in (("image_mean", PIXEL_MEAN), ("image_std", PIXEL_STD)):
+            if list(settings.get(key, ours)) != list(ours):
+                raise ValueError(f"source: {path / name} says {key}={settings[key]}; only {list(ours)} is supported")
 
 
 def _find_tokenizer(path: str | Path) -> Tokenizer | None:

@@ -132,6 +132,8 @@ def _conversations(
         return (list(messages) if is_batch else [messages]), is_batch  # type: ignore[arg-type,list-item]
     if prompt is None or isinstance(prompt, str):
         return [_user_turn(prompt, image)], False
+    if not prompt:
+        raise ValueError("prompt: the batch is empty; give at least one")
     images = [None] * len(prompt) if image is None else image
     if not isinstance(images, list | tuple) or len(images) != len(prompt):
         raise ValueError(f"image: a batch of {len(prompt)} prompts needs a list with the pictures (or None) of each")

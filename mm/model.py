@@ -108,6 +108,7 @@ class MultimodalLlama(nn.Module):
             )
         trains = weight.requires_grad
         self.lm = other.requires_grad_(trains)
+        self.config = replace(self.config, lm_source=str(source))  # else save_pretrained would name the old one
 
     def resize_tiles(self, tile_size: int) -> None:
         """Changes the size of the picture tiles, as annealing does (7.4); positions are interpolated."""

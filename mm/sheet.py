@@ -16,6 +16,7 @@ from mm.eval.metrics import exact_match
 CELL, MARGIN, LINE, COLUMNS = 200, 8, 16, 6
 #: Characters of a line, and lines of each of the three texts, in a cell.
 CHARACTERS, LINES = 28, 2
+HEIGHT = CELL + (3 * LINES + 1) * LINE
 GREEN, RED, GREY, BLACK = (20, 130, 50), (190, 30, 30), (110, 110, 110), (0, 0, 0)
 
 
@@ -41,25 +42,27 @@ def contact_sheet(rows: Sequence[Shown], path: str | Path) -> None:
     """
     if not rows:
         raise ValueError("rows: a contact sheet needs at least one picture")
-    height = CELL + (3 * LINES + 1) * LINE
     columns = min(COLUMNS, len(rows))
-    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(rows) / columns) * height), "white")
+    sheet = Image.new("RGB", (columns * CELL, math.ceil(len(rows) / columns) * HEIGHT), "white")
     for i, shown in enumerate(rows):
-        _draw_cell(sheet, shown, i % columns * CELL + MARGIN, i // columns * height + MARGIN)
+        sheet.paste(_cell(shown), (i % columns * CELL, i // columns * HEIGHT))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
 
 
-def _draw_cell(sheet: Image.Image, shown: Shown, left: int, top: int) -> None:
+def _cell(shown: Shown) -> Image.Image:
+    """One entry, on a canvas of its own, so that wide letters do not run into the next one."""
+    cell = Image.new("RGB", (CELL, HEIGHT), "white")
     picture = shown.picture.convert("RGB")  # a copy, which may be shrunk
     picture.thumbnail((CELL - 2 * MARGIN, CELL - 2 * MARGIN))
-    sheet.paste(picture, (left, top))
-    pen, top = ImageDraw.Draw(sheet), top + CELL - MARGIN
+    cell.paste(picture, (MARGIN, MARGIN))
+    pen, top = ImageDraw.Draw(cell), CELL
     texts = [(shown.question, GREY), (shown.answer, BLACK)]
     if shown.prediction is not None:
         texts.append((shown.prediction, GREEN if shown.is_right else RED))
     for text, colour in texts:
         for line in textwrap.wrap(text, CHARACTERS)[:LINES] or ["(nothing)"]:
-            pen.text((left, top), line, fill=colour, font=plain_font(12))
+            pen.text((MARGIN, top), line, fill=colour, font=plain_font(12))
             top += LINE
+    return cell

@@ -235,12 +235,11 @@ def score(answered: Sequence[Answered]) -> list[TaskResult]:
 
 def table(results: Sequence[TaskResult]) -> Table:
     """For people: a row per metric, in 80 columns."""
-    view = Table(
-        title="Held-out pictures", caption="95% intervals; CER: character error rate, less is better", box=SIMPLE
-    )
+    caption = "95% intervals; CER: character error rate, less is better"
+    view = Table(title="Held-out pictures", caption=caption, box=SIMPLE, show_edge=False, pad_edge=False)
     for heading in ("task", "metric"):
         view.add_column(heading, no_wrap=True)
-    for heading in ("n", "with the picture", "no picture", "shuffled"):
+    for heading in ("n", "picture", "no picture", "shuffled"):
         view.add_column(heading, justify="right", no_wrap=True)
     for r in results:
         controls = (f"{r.no_picture.value:.1%}", f"{r.shuffled.value:.1%}")

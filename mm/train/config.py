@@ -32,7 +32,7 @@ class ModelConfig:
         image: name of the new image part (`mm.config.IMAGE_PRESETS`).
         encoder: in image-encoder the name of a shape (`vision.encoder.PRESETS`), in image-adapter an export of image-encoder.
         stem: name of pre-trained weights for a hybrid encoder's stem (`vision.pretrained`).
-        open_gates: where the gates of a new image part start; see `vision.adapter.ImageAdapter.open_gates`. At zero, as released, when None.
+        open_gates: where the gates of the image part start, see `ImageAdapter.open_gates`; at zero, as released, when None.
         text: shape of the text tower of image-encoder.
     """
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from data.images import load_image
 from data.shards import write_shard
@@ -19,6 +20,7 @@ from lm.sampling import SamplingParams
 from mm.checkpoint import debug_model
 from mm.eval.metrics import (
     Z_95,
+    Estimate,
     character_error_rate,
     exact_match,
     mean_token_f1,
@@ -30,6 +32,7 @@ from mm.eval.metrics import (
 from mm.eval.pictures import (
     CONDITIONS,
     SLACK,
+    TaskResult,
     answer,
     choose_questions,
     derangement,
@@ -37,6 +40,7 @@ from mm.eval.pictures import (
     heldout_sources,
     main,
     score,
+    table,
 )
 from mm.generate import Generation
 from mm.sheet import GREEN, RED, Shown, contact_sheet
@@ -211,6 +215,18 @@ def test_words_and_stamps_have_their_own_metrics(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_table_fits_a_terminal_of_80_columns() -> None:
+    def result(task: str, metric: str) -> TaskResult:
+        most = Estimate(0.9876, 0.9765, 1.0)
+        return TaskResult(kind="-", task=task, metric=metric, n=2000, picture=most, no_picture=most, shuffled=most)
+
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(table([result("chart-extreme", "exact"), result("stamps", "token F1")]))
+    assert "98.8% [97.7, 100.0]" in capture.get() and "token F1" in capture.get()
+    assert "…" not in capture.get() and max(map(len, capture.get().splitlines())) <= 80
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +299,12 @@ def test_contact_sheet_shows_right_answers_in_green_and_wrong_ones_in_red(tmp_pa
         seen = set(map(tuple, cell.reshape(-1, 3).tolist()))
         assert (7, 11, 13) in seen and seen & {GREEN, RED} == colours
     assert picture.size == (400, 300)  # the caller's picture is untouched
+
+
+def test_contact_sheet_without_predictions_judges_nothing(tmp_path: Path) -> None:
+    contact_sheet([Shown(Image.new("RGB", (5, 7)), "What colour?", "Black.")], tmp_path / "sheet.png")
+    seen = set(map(tuple, np.asarray(Image.open(tmp_path / "sheet.png")).reshape(-1, 3).tolist()))
+    assert not seen & {GREEN, RED}
 
 
 def test_contact_sheet_of_nothing_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Calling conventions, batches, streaming and options of `generate` and `stream`, on the debug model."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lm.sampling import SamplingParams
+from mm.checkpoint import compose
+from mm.generate import Done, TextDelta
+from mm.model import MultimodalLlama
+
+#: A random model repeats itself when greedy; sampled answers tell more apart.
+SAMPLED = {"max_new_tokens": 13, "temperature": 1.0, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def model() -> MultimodalLlama:
+    return MultimodalLlama.from_pretrained("debug")
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+WIDE, SMALL, TALL = noise(83, 27), noise(19, 23), noise(28, 113)
+
+
+def turn(*content: Any) -> list[dict[str, Any]]:
+    """A user's turn of texts and pictures."""
+    parts = [{"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c} for c in content]
+    return [{"role": "user", "content": parts}]
+
+
+# -------------------------------------------------------------------------------------------------- calling conventions
+
+
+def test_a_prompt_is_one_user_turn_with_its_pictures_first(model):
+    expected = model.generate(messages=turn(WIDE, TALL, "What?"), **SAMPLED)
+    assert model.generate("What?", image=[WIDE, TALL], **SAMPLED) == expected
+    assert model.generate(messages=turn("What?", WIDE, TALL), **SAMPLED) != expected
+    assert model.generate("What?", image=WIDE, **SAMPLED) != expected
+    assert model.generate("What?", **SAMPLED) == model.generate(messages=turn("What?"), **SAMPLED) != expected
+
+
+def test_a_picture_alone_is_a_prompt(model):
+    assert model.generate(image=WIDE, **SAMPLED) == model.generate(messages=turn(WIDE), **SAMPLED)
+
+
+def test_a_picture_may_come_in_any_form(model, tmp_path):
+    expected = model.generate("What?", image=WIDE, **SAMPLED)
+    WIDE.save(tmp_path / "a.png")
+    file = io.BytesIO((tmp_path / "a.png").read_bytes())
+    array = np.asarray(WIDE)
+    chw = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), file.getvalue(), file, array, chw, chw / 255):
+        assert model.generate("What?", image=source, **SAMPLED) == expected
+
+
+def test_earlier_turns_are_remembered(model):
+    history = [*turn(WIDE, "What?"), {"role": "assistant", "content": "A cat."}]
+    answers = [model.generate(messages=[*history[:n], *turn("And?")], **SAMPLED).tokens for n in range(3)]
+    assert len({tuple(tokens) for tokens in answers}) == 3
+
+
+def test_plain_style_continues_without_roles(model):
+    plain = model.generate("Once", image=WIDE, style="plain", **SAMPLED)
+    assert plain != model.generate("Once", image=WIDE, **SAMPLED)
+    with pytest.raises(ValueError, match="style 'poem' is unknown"):
+        model.generate("Once", style="poem")
+
+
+# --------------------------------------------------------------------------------------------------------------- batch
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, {"max_new_tokens": 7}], ids=["sampled", "greedy"])
+def test_each_row_of_a_batch_equals_the_row_run_alone(model, sampling):
+    prompts = ["What is in the picture?", "Hi", "Compare.", "Count to seven, slowly."]
+    images = [WIDE, None, [SMALL, TALL], [TALL]]
+    together = model.generate(prompts, image=images, **sampling)
+    assert together == [model.generate(p, image=i, **sampling) for p, i in zip(prompts, images, strict=True)]
+    assert len({tuple(answer.tokens) for answer in together}) > 1
+
+
+def test_a_batch_of_conversations(model):
+    conversations = [turn("Hi"), [*turn(TALL, "What?"), {"role": "assistant", "content": "Hm."}, *turn(WIDE, "And?")]]
+    together = model.generate(messages=conversations, **SAMPLED)
+    assert together == [model.generate(messages=messages, **SAMPLED) for messages in conversations]
+
+
+def test_rows_end_when_they_end(model):
+    """A row that has stopped does not keep the others from going on, nor change them."""
+    prompts = ["What?", "How?"]
+    first, second = model.generate(prompts, **SAMPLED)
+    stop = next(c for c in first.text if c not in second.text)
+    stopped, other = model.generate(prompts, stop=stop, **SAMPLED)
+    assert stopped.text == first.text[: first.text.index(stop)] and stopped.reason == "stop"
+    assert other == second and second.reason == "length"
+
+
+def test_a_batch_of_one_is_a_list(model):
+    assert model.generate(["Hi"], **SAMPLED) == [model.generate("Hi", **SAMPLED)]
+
+
+# -------------------------------------------------------------------------------------------------------------- stream
+
+
+@pytest.mark.parametrize("content", [("Hi",), (WIDE, "What?")], ids=["text", "picture"])
+def test_the_pieces_of_a_stream_are_the_answer(model, content):
+    expected = model.generate(messages=turn(*content), **SAMPLED)
+    *deltas, done = model.stream(turn(*content), **SAMPLED)
+    assert done == Done(expected)
+    assert all(isinstance(delta, TextDelta) and delta.text for delta in deltas)
+    assert "".join(delta.text for delta in deltas) == expected.text
+    assert len(deltas) > 1
+
+
+def test_a_stream_takes_a_prompt_and_a_picture(model):
+    assert list(model.stream("What?", image=WIDE, **SAMPLED)) == list(model.stream(turn(WIDE, "What?"), **SAMPLED))
+
+
+def test_a_stream_makes_a_token_at_a_time(model):
+    n_runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal n_runs
+        n_runs += 1
+
+    hook = model.lm.norm.register_forward_hook(count)
+    try:
+        next(model.stream("Hi", max_new_tokens=100, temperature=1.0, seed=0))
+    finally:
+        hook.remove()
+    assert n_runs < 20  # a few bytes may be held back until they are a character
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-6}], ids=str)
+def test_filters_that_leave_one_token_are_greedy(model, option):
+    greedy = model.generate("What?", image=WIDE, max_new_tokens=13)
+    assert model.generate("What?", image=WIDE, **(SAMPLED | option)) == greedy
+    assert model.generate("What?", image=WIDE, **SAMPLED) != greedy
+
+
+def test_seeds_repeat(model):
+    assert model.generate("Hi", **SAMPLED) == model.generate("Hi", **SAMPLED)
+    assert model.generate("Hi", **SAMPLED) != model.generate("Hi", **(SAMPLED | {"seed": 6}))
+    fresh = [model.generate("Hi", **(SAMPLED | {"seed": None})).tokens for _ in range(2)]
+    assert fresh[0] != fresh[1]
+
+
+def test_repetition_penalty_reaches_prompt_and_answer(model):
+    prompt = "What?"
+    repeated = model.generate(prompt, max_new_tokens=13).tokens
+    tokens = model.generate(prompt, max_new_tokens=13, repetition_penalty=1e9).tokens
+    asked = model.processor.encode(turn(prompt), add_generation_prompt=True).ids
+    assert len(set(tokens)) == 13 > len(set(repeated))
+    assert not set(tokens) & set(asked)
+
+
+def test_an_answer_ends_at_a_stop_string(model):
+    whole = model.generate("Hi", **SAMPLED)
+    assert len(whole.tokens) == 13 and whole.reason == "length"
+    stop = whole.text[3:5]
+    cut = model.generate("Hi", stop=["never said", stop], **SAMPLED)
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.reason == "stop"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)] and len(cut.tokens) < 13
+    assert "".join(e.text for e in model.stream("Hi", stop=stop, **SAMPLED) if isinstance(e, TextDelta)) == cut.text
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either a prompt or messages"),
+        ({"prompt": "Hi", "messages": turn("Hi")}, "give either a prompt or messages"),
+        ({"messages": turn("Hi"), "image": WIDE}, "put the text and the pictures into their content"),
+        ({"messages": []}, "messages: there are none"),
+        ({"prompt": []}, "prompt: the batch is empty"),
+        ({"prompt": ["a", "b"], "image": WIDE}, "image: a batch of 2 prompts needs a list"),
+        ({"prompt": ["a", "b"], "image": [WIDE]}, "image: a batch of 2 prompts needs a list"),
+        ({"prompt": "Hi", "temprature": 1}, "unknown option 'temprature'; sampling options are max_new_tokens"),
+        ({"prompt": "Hi", "temperature": -1}, "temperature must be 0"),
+        ({"prompt": "Hi", "audio": "a.wav"}, "unknown option 'audio'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}, "takes no audio"),
+        ({"messages": [{"role": "king", "content": "Hi"}]}, "role 'king' is not one of"),
+    ],
+)
+def test_what_cannot_be_answered_is_explained(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**arguments)
+
+
+def test_the_context_may_be_filled_but_not_exceeded(model):
+    n_prompt = len(model.processor.encode(turn(WIDE, ""), add_generation_prompt=True).ids)
+    prompt = "x" * (512 - n_prompt - 4)
+    assert len(model.generate(prompt, image=WIDE, max_new_tokens=5).tokens) == 5  # the last one is not fed
+    with pytest.raises(
+        ValueError, match="a prompt of 508 tokens and 6 new ones exceed this model's max_seq_len of 512"
+    ):
+        model.generate(prompt, image=WIDE, max_new_tokens=6)
+
+
+def test_a_stream_is_of_one_conversation(model):
+    with pytest.raises(ValueError, match="takes one prompt or conversation"):
+        list(model.stream([turn("a"), turn("b")]))
+
+
+def test_a_text_model_refuses_pictures(model):
+    text_only = compose("debug")
+    assert len(text_only.generate("Hi", **SAMPLED).tokens) == SAMPLED["max_new_tokens"]
+    with pytest.raises(ValueError, match="this model takes no image; it takes text only"):
+        text_only.generate("What?", image=WIDE)
+    with pytest.raises(ValueError, match="image: this model has no image part"):
+        text_only.encode_media(model.processor.collate([model.processor.encode(turn(WIDE))]))
+
+
+def test_a_model_without_tokenizer_says_so(model):
+    without = MultimodalLlama(model.config, None, lm=model.lm)
+    with pytest.raises(ValueError, match=r"no tokenizer; put its tokenizer.json"):
+        without.generate("Hi")
+
+
+def test_every_sampling_option_is_taken(model):
+    options = {
+        "max_new_tokens": 2, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1,
+        "seed": 1, "stop": ["x"],
+    }  # fmt: skip
+    assert options.keys() == vars(SamplingParams()).keys()
+    assert model.generate("Hi", **options).tokens
