@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +55,10 @@ def test_trainable_parameters_are_those_that_require_gradients():
 
 def test_other_tile_sizes_are_taken_up_by_the_processor():
     model = debug_model().eval()
-    before = model.generate("What?", image=PICTURE, max_new_tokens=3)
     model.resize_tiles(56)
     assert model.config.image.encoder.tile_size == 56
     assert sample_of(model, PICTURE).tiles[0].pixels_NCHW.shape[-2:] == (56, 56)
     assert len(model.generate("What?", image=PICTURE, max_new_tokens=3).tokens) == 3
-    model.resize_tiles(28)
-    assert len(before.tokens) == 3
     with pytest.raises(ValueError, match="tile_size: this model has no image encoder"):
         compose("debug").resize_tiles(56)
 
@@ -86,7 +84,7 @@ def test_a_swapped_language_model_is_the_one_that_is_saved(tmp_path):
     other = Llama(PRESETS["debug"]()).init_weights(seed=7)
     export_huggingface(other, tmp_path / "other")
     model = debug_model()
-    model.config = model.config.__class__(**(vars(model.config) | {"lm_source": "smollm2-135m-instruct"}))
+    model.config = replace(model.config, lm_source="smollm2-135m-instruct")
     model.swap_lm(tmp_path / "other")
     model.save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["lm_source"] is None
