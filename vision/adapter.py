@@ -239,8 +239,8 @@ class ImageAdapter(nn.Module):
     def open_gates(self, value: float) -> None:
         """Opens every gate and zeroes the projections behind them, so that a new adapter still starts as nothing.
 
-        A gate that starts at zero beside random projections wanders about zero and turns their sign over and over, which holds them back
-        on small budgets (docs/LOG.md). This way the projections learn at once and keep their sign.
+        A gate that starts at zero beside random projections wanders about zero and turns their sign over and over, which holds
+        them back on small budgets (docs/LOG.md). This way the projections learn at once and keep their sign.
         """
         for _, block in self.layer_blocks():
             block.cross_attn_attn_gate.fill_(value)
