@@ -237,8 +237,9 @@ def from_huggingface(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     tensors = {_saved_name(key): tensor for key, tensor in tensors.items()}
     _check_fit(tensors, to_huggingface(_shapes(configs), configs)[0], "Hugging Face")
     state = {ours: tensors[theirs] for theirs, ours in _huggingface_names(configs).items()}
-    table = state["lm.embed_tokens.weight"]
-    state["lm.embed_tokens.weight"], state["new_tokens.weight"] = table.split([configs.lm.vocab_size, N_NEW_TOKENS])
+    parts = state["lm.embed_tokens.weight"].split([configs.lm.vocab_size, N_NEW_TOKENS])
+    # Copies, because safetensors refuses tensors that share memory.
+    state["lm.embed_tokens.weight"], state["new_tokens.weight"] = (part.clone() for part in parts)
     for key, gate in TILE_TABLES.items():
         state[key] = _table_from_aspect_ratios(state[key], state[gate], configs.encoder, key)
     return _fuse_qkv(state), configs
@@ -532,7 +533,7 @@ def _split_qkv(state: Mapping[str, Tensor]) -> State:
     for key, tensor in state.items():
         if key.endswith(".attn.qkv.weight"):
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                split[key.replace(".attn.qkv.", f".attn.{name}.")] = part.clone()  # safetensors refuses shared memory
+                split[key.replace(".attn.qkv.", f".attn.{name}.")] = part.clone()  # as above
         else:
             split[key] = tensor
     return split
