@@ -533,7 +533,7 @@ def _split_qkv(state: Mapping[str, Tensor]) -> State:
     for key, tensor in state.items():
         if key.endswith(".attn.qkv.weight"):
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                split[key.replace(".attn.qkv.", f".attn.{name}.")] = part.clone()  # as above
+                split[key.replace(".attn.qkv.", f".attn.{name}.")] = part.clone()  # safetensors refuses shared memory
         else:
             split[key] = tensor
     return split
