@@ -170,7 +170,11 @@ class JsonTokenizer:
         return cls(backend, bos_id=vocabulary.get("bos_token_id"), eos_ids={i for i in ends if i is not None})
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half of a surrogate pair, as broken JSON can hold; tiktoken replaces it like this, too
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -82,6 +82,7 @@ def export_mllama(model: MultimodalLlama, directory: str | Path, layout: str) ->
         tensors, config = mllama.to_huggingface(model.state_dict(), configs)
         save_torch_state_dict(tensors, directory)
         _write_json(directory / "config.json", config)
+        _write_json(directory / "preprocessor_config.json", mllama.image_processor_config(configs.encoder))
     elif layout == "meta":
         tensors, params = mllama.to_meta(model.state_dict(), configs)
         torch.save(tensors, directory / "consolidated.00.pth")
@@ -151,6 +152,10 @@ def _load_ours(directory: Path, dtype: torch.dtype) -> MultimodalLlama:
         )
     model = MultimodalLlama(config, tokenizer, lm=lm)
     state = read_safetensors(directory, ADAPTERS) if config.image else {}
+    if stray := sorted(key for key in state if key.startswith("lm.")):
+        raise ValueError(
+            f"{directory / ADAPTERS} holds tensors of the language model ({stray[0]}, ...); they belong in {LM_FOLDER}/"
+        )
     state |= {f"lm.{key}": tensor for key, tensor in model.lm.state_dict().items()}
     load_strict(model, state, str(directory))
     return model

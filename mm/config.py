@@ -57,7 +57,7 @@ def _debug_image(lm: LlamaConfig) -> ImageConfig:
 def _bundled_image(lm: LlamaConfig) -> ImageConfig:
     encoder = ENCODER_PRESETS["hybrid-s"]()
     # A narrow FFN keeps all adapters of the package under its 60 MB.
-    adapter = ImageAdapterConfig.for_lm(lm, feature_dim=encoder.feature_dim, ffn_dim=384)
+    adapter = ImageAdapterConfig.for_lm(lm, feature_dim=encoder.feature_dim, ffn_dim=192)
     return ImageConfig(encoder=encoder, adapter=adapter)
 
 

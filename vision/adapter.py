@@ -161,8 +161,12 @@ class CrossAttentionBlock(nn.Module):
             mask_B1TM: memory tokens that a text token sees; not empty in any line.
             sees_BT1: tokens that see a picture; the others come back bit for bit.
         """
-        x_BTD = h_BTD + self.cross_attn_attn_gate.tanh() * self.cross_attn(self.input_layernorm(h_BTD), kv, mask_B1TM)
-        x_BTD = x_BTD + self.cross_attn_mlp_gate.tanh() * self.mlp(self.post_attention_layernorm(x_BTD))
+        # The gates in the residual's dtype: an FP32 gate beside a bf16 LM would promote every later layer to FP32.
+        attn_gate, mlp_gate = (
+            gate.tanh().to(h_BTD.dtype) for gate in (self.cross_attn_attn_gate, self.cross_attn_mlp_gate)
+        )
+        x_BTD = h_BTD + attn_gate * self.cross_attn(self.input_layernorm(h_BTD), kv, mask_B1TM)
+        x_BTD = x_BTD + mlp_gate * self.mlp(self.post_attention_layernorm(x_BTD))
         return torch.where(sees_BT1, x_BTD, h_BTD)
 
 

@@ -339,7 +339,7 @@ def debug() -> ImageEncoderConfig:
 def hybrid_s() -> ImageEncoderConfig:
     """The bundled model's encoder: a small ViT on EfficientNet-Lite0, whose own output is among the features."""
     return ImageEncoderConfig(
-        tile_size=128, patch_size=16, width=256, n_blocks=4, n_heads=4, ffn_dim=640, n_global_blocks=2,
+        tile_size=128, patch_size=16, max_tiles=2, width=256, n_blocks=4, n_heads=4, ffn_dim=640, n_global_blocks=2,
         feature_layers=(0, 2, 3), stem="tf_efficientnet_lite0", stem_stages=(3, 4),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from lm.checkpoint import (
@@ -34,7 +35,7 @@ from lm.config import LlamaConfig
 from lm.model import Llama, NewTokenRows
 from vision.adapter import ImageAdapter, ImageAdapterConfig
 from vision.encoder import ImageEncoder, ImageEncoderConfig, llama3_2_vision
-from vision.tiling import supported_grids
+from vision.tiling import PIXEL_MEAN, PIXEL_STD, supported_grids
 
 State = dict[str, Tensor]
 
@@ -259,6 +260,25 @@ def to_huggingface(state: Mapping[str, Tensor], configs: MllamaConfigs) -> tuple
     for key in TILE_TABLES:
         split[key] = _table_per_aspect_ratio(split[key])
     return {theirs: split[ours] for theirs, ours in _huggingface_names(configs).items()}, config
+
+
+def image_processor_config(encoder: ImageEncoderConfig) -> dict[str, Any]:
+    """`preprocessor_config.json`, with which transformers tiles pictures as we do."""
+    return {
+        "image_processor_type": "MllamaImageProcessor",
+        "processor_class": "MllamaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": int(Image.Resampling.BILINEAR),
+        "size": {"height": encoder.tile_size, "width": encoder.tile_size},
+        "do_pad": True,
+        "max_image_tiles": encoder.max_tiles,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(PIXEL_MEAN),
+        "image_std": list(PIXEL_STD),
+    }
 
 
 def configs_from_huggingface(config: Mapping[str, Any]) -> MllamaConfigs:

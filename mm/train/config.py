@@ -205,6 +205,8 @@ class TrainConfig:
             raise ValueError(
                 "model: init_from brings its language model, encoder and stem; leave lm, image, encoder and stem out"
             )
+        if model.init_from and model.open_gates is not None:
+            raise ValueError("model.open_gates: init_from brings gates that were trained; leave open_gates out")
         if model.swap_lm and not self.stage_spec.swaps_lm:
             raise ValueError(f"model.swap_lm: stage {self.stage} keeps its language model; image-sft swaps it")
 

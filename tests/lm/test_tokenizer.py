@@ -209,6 +209,10 @@ def test_text_cannot_forge_special_tokens(tokenizer: Tokenizer) -> None:
             assert tokenizer.decode(ids) == text
 
 
+def test_broken_surrogates_are_replaced(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\N{REPLACEMENT CHARACTER}b"
+
+
 def test_decode_leaves_out_what_is_no_text(tokenizer: Tokenizer) -> None:
     a, b = tokenizer.encode("a"), tokenizer.encode("b")
     ids = [*a, *tokenizer.special_tokens.values(), *b, tokenizer.vocab_size, tokenizer.vocab_size + 9]

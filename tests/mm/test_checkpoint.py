@@ -34,7 +34,7 @@ from mm.model import MultimodalLlama
 from vision import mllama
 from vision.adapter import ImageAdapterConfig
 from vision.encoder import ImageEncoderConfig
-from vision.tiling import PIXEL_MEAN, PIXEL_STD
+from vision.tiling import PIXEL_MEAN, PIXEL_STD, tile_image
 
 SPECIAL = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -246,6 +246,12 @@ def test_an_mllama_goes_to_huggingface_and_back(small_mllama, saved_mllama, tmp_
     again = MultimodalLlama.from_pretrained(tmp_path)
     assert_same_state(again, small_mllama)
     assert again.generate("Hi", max_new_tokens=5) == small_mllama.generate("Hi", max_new_tokens=5)
+    encoder = model.config.image.encoder
+    theirs = MllamaImageProcessorPil.from_pretrained(tmp_path)
+    picture = Image.effect_noise((97, 31), 60).convert("RGB")
+    tiles_NCHW = theirs(picture, return_tensors="pt")["pixel_values"][0, 0]
+    ours = tile_image(picture, encoder.tile_size, encoder.max_tiles).pixels_NCHW
+    torch.testing.assert_close(tiles_NCHW[: len(ours)], ours, rtol=0, atol=2e-6)
 
 
 def test_an_mllama_goes_to_meta_and_back(small_mllama, tmp_path, monkeypatch):
@@ -325,8 +331,9 @@ KEY = "image_adapter.blocks.3.cross_attn.q_proj.weight"
         ({KEY: None}, f"missing: {KEY}"),
         ({KEY: torch.zeros(3, 5)}, rf"mis-shaped: {KEY} \(3, 5\), expected \(48, 48\)"),
         ({"image_adapter.extra": torch.zeros(1)}, r"left over: image_adapter\.extra"),
+        ({"lm.norm.weight": torch.zeros(48)}, r"tensors of the language model \(lm\.norm\.weight"),
     ],
-    ids=["missing", "mis-shaped", "left over"],
+    ids=["missing", "mis-shaped", "left over", "language model's"],
 )
 def test_tensors_that_do_not_fit_are_named(saved, change, message):
     edit_tensors(saved / "adapters.safetensors", **change)
