@@ -1,0 +1,1 @@
+"""Speech: waveform to token-rate embeddings (section 8)."""
