@@ -1,6 +1,7 @@
 """Sources of samples on disk: WebDataset shards, and LLaVA's JSON beside a folder of pictures.
 
-A shard is a plain tar whose neighbouring files with one name make a sample: `0007.jpg`, `0007.txt`, `0007.json`.
+A shard is a plain tar whose neighbouring files with one name make a sample: `0007.jpg`, `0007.txt`, `0007.json`, or
+`0007.flac` with the same companions.
 Reading any sample costs one seek, because the byte offsets of a shard's samples are kept beside it
 (`shard.tar.index.npy`); so `data.stream` can jump to any position of an epoch. Files are only ever read as bytes, text
 and JSON: a shard cannot run code.
@@ -15,7 +16,8 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,23 +27,29 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 IMAGE_MARKER = "<image>"
+AUDIO_MARKER = "<audio>"
+_MARKER = re.compile(f"({IMAGE_MARKER}|{AUDIO_MARKER})")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_PICTURE = re.compile(r"(\d+\.)?(jpg|jpeg|png|webp)")
+_MEDIA = {  # kind -> extensions, numbered where a sample has several: `0.jpg`, `1.jpg`
+    "image": re.compile(r"(\d+\.)?(jpg|jpeg|png|webp)"),
+    "audio": re.compile(r"(\d+\.)?(flac|wav|opus|ogg|mp3|m4a)"),
+}
 _BLOCK = 512  # unit of the tar format
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One raw sample; pictures are still encoded.
+    """One raw sample; media are still encoded.
 
     Attributes:
         key: its name within the source.
         source: the source's name.
-        messages: `{"role": ..., "content": parts}` with parts `{"type": "text", "text": str}` or
-            `{"type": "image", "image": bytes}`. A captioned picture is a user who shows it and an assistant who says
-            the caption.
-        metadata: the sample's JSON.
-        caption: the sample's text file; None where there is none.
+        messages: `{"role": ..., "content": parts}` with parts `{"type": "text", "text": str}`,
+            `{"type": "image", "image": bytes}` or `{"type": "audio", "audio": bytes, path or AudioClip}`. A captioned
+            picture is a user who shows it and an assistant who says the caption; so is speech with its transcript.
+            Speech without one is the user alone.
+        metadata: the sample's JSON. Speech may have its `duration` in seconds, `language` and `speaker` there.
+        caption: the sample's text file, or the transcript; None where there is none.
     """
 
     key: str
@@ -141,9 +149,14 @@ class ShardSource:
             raise ValueError(f"shard {str(shard)!r} changed or broke since it was opened ({error})") from error
         try:
             metadata = json.loads(files["json"]) if "json" in files else {}
-            pictures = [files[extension] for extension in sorted(files) if _PICTURE.fullmatch(extension)]
+            media = [
+                {"type": kind, kind: files[extension]}
+                for extension in sorted(files)
+                for kind, pattern in _MEDIA.items()
+                if pattern.fullmatch(extension)
+            ]
             caption = files["txt"].decode() if "txt" in files else None
-            messages = _messages(metadata, pictures, caption)
+            messages = _messages(metadata, media, caption)
             return Sample(key=key, source=self.name, messages=messages, metadata=metadata, caption=caption)
         except ValueError as error:
             raise ValueError(f"{error} (sample {key!r} of shard {str(shard)!r})") from error
@@ -208,6 +221,24 @@ def _split_name(path: str) -> tuple[str, str]:
     return (folder + slash + stem if stem else ""), extension.lower()
 
 
+class PackedRecords(Sequence[Any]):
+    """JSON records in one block of bytes: millions of small objects would be copied into every worker once touched."""
+
+    def __init__(self, records: Iterable[Any]) -> None:
+        lines = [json.dumps(record).encode() for record in records]
+        self._ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+        self._block = b"".join(lines)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = int(self._ends[index - 1]) if index else 0
+        return json.loads(self._block[start : self._ends[index]])
+
+
 class LlavaSource:
     """Conversations of a LLaVA `.json` (one list) or `.jsonl` (one record a line), whose pictures lie in a folder.
 
@@ -231,68 +262,73 @@ class LlavaSource:
             raise ValueError(f"path: {str(path)!r} is not valid JSON ({error})") from error
         if not isinstance(records, list) or not records:
             raise ValueError(f"path: {str(path)!r} must hold a list of LLaVA records")
-        # One block of bytes, because millions of small objects would be copied into every worker as they are touched.
-        lines = [json.dumps(record).encode() for record in records]
-        self._ends = np.cumsum([len(line) for line in lines])
-        self._records = b"".join(lines)
-        self.shard_sizes = np.ones(len(lines), dtype=np.int64)  # any order is cheap here
+        self._records = PackedRecords(records)
+        self.shard_sizes = np.ones(len(self._records), dtype=np.int64)  # any order is cheap here
 
     def __len__(self) -> int:
-        return len(self.shard_sizes)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = int(self._ends[index - 1]) if index else 0
-        record = json.loads(self._records[start : self._ends[index]])
+        record = self._records[index]
         key = str(record.get("id", index)) if isinstance(record, dict) else str(index)
         try:
             names = record.get("image") or [] if isinstance(record, dict) else []
             names = [names] if isinstance(names, str) else names
-            pictures = [self.image_folder.joinpath(name).read_bytes() for name in names]
+            pictures = [{"type": "image", "image": self.image_folder.joinpath(name).read_bytes()} for name in names]
             return Sample(key=key, source=self.name, messages=_messages(record, pictures, None), metadata=record)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{error} (record {key!r} of source {self.name!r})") from error
 
 
-def _messages(metadata: Any, pictures: Sequence[bytes], caption: str | None) -> list[dict[str, Any]]:
-    """Messages of a sample: its conversation if the JSON has one, else picture and caption."""
+def _messages(metadata: Any, media: Sequence[dict[str, Any]], caption: str | None) -> list[dict[str, Any]]:
+    """Messages of a sample: its conversation if the JSON has one, else the media and their caption."""
     if not isinstance(metadata, dict):
         raise ValueError("the JSON of a sample must be an object")
-    shown = [{"type": "image", "image": picture} for picture in pictures]
     if "conversations" in metadata:
-        return _conversation(metadata["conversations"], shown)
-    if not shown:
-        raise ValueError("the sample has neither a picture nor a conversation")
-    if caption is None or not caption.strip():
+        return _conversation(metadata["conversations"], media)
+    if not media:
+        raise ValueError("the sample has neither a picture nor a conversation nor audio")
+    return captioned(media, caption)
+
+
+def captioned(media: Sequence[dict[str, Any]], caption: str | None) -> list[dict[str, Any]]:
+    """A user who shows pictures or speaks, and an assistant who says the caption or transcript.
+
+    Raises:
+        ValueError: a picture without a caption. Speech needs no transcript: the encoder learns from it alone.
+    """
+    user = {"role": "user", "content": list(media)}
+    if caption is not None and caption.strip():
+        return [user, {"role": "assistant", "content": [{"type": "text", "text": caption.strip()}]}]
+    if any(part["type"] == "image" for part in media):
         raise ValueError("the picture has no caption")
-    return [
-        {"role": "user", "content": shown},
-        {"role": "assistant", "content": [{"type": "text", "text": caption.strip()}]},
-    ]
+    return [user]
 
 
-def _conversation(turns: Any, pictures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """LLaVA turns to messages; each marker in a human turn is the next picture."""
+def _conversation(turns: Any, media: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """LLaVA turns to messages; each marker in a human turn is the next medium of its kind."""
     try:
         turns = [(_ROLES[turn["from"]], turn["value"]) for turn in turns]
-        n_markers = sum(value.count(IMAGE_MARKER) for role, value in turns if role == "user")
+        markers = Counter(marker for role, value in turns if role == "user" for marker in _MARKER.findall(value))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(
             f"conversations must be a list of {{'from': one of {', '.join(_ROLES)}, 'value': text}}"
         ) from None
     if not turns:
         raise ValueError("conversations is empty")
-    if n_markers != len(pictures):
-        raise ValueError(f"the conversation has {n_markers} {IMAGE_MARKER} markers for {len(pictures)} pictures")
-    remaining = iter(pictures)
+    remaining: dict[str, Iterator[dict[str, Any]]] = {}
+    for marker, kind, noun in ((IMAGE_MARKER, "image", "pictures"), (AUDIO_MARKER, "audio", "recordings")):
+        parts = [part for part in media if part["type"] == kind]
+        if markers[marker] != len(parts):
+            raise ValueError(f"the conversation has {markers[marker]} {marker} markers for {len(parts)} {noun}")
+        remaining[marker] = iter(parts)
     messages = []
     for role, value in turns:
         content: list[dict[str, Any]] = []
-        for i, text in enumerate(value.split(IMAGE_MARKER) if role == "user" else [value]):
-            if i:
-                content.append(next(remaining))
-            if text.strip():
+        for text in _MARKER.split(value) if role == "user" else [value]:
+            if text in remaining and role == "user":
+                content.append(next(remaining[text]))
+            elif text.strip():
                 content.append({"type": "text", "text": text.strip("\n")})
         messages.append({"role": role, "content": content})
     return messages
