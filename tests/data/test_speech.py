@@ -229,7 +229,7 @@ def test_prompt_and_language(tmp_path: Path):
             json.dumps(cut(recording={"sources": [{"type": "command", "source": "rm"}]})),
             "line 1 .*type 'command'; only files are read",
         ),
-        ("a.jsonl.gz", gzip.compress(b'{"audio_filepath": "a"}\n')[:-9], "cannot read"),
+        ("a.jsonl.gz", gzip.compress(b'{"audio_filepath": "a"}\n', mtime=0)[:-9], "cannot read"),
         ("a.csv", "", "cannot tell the format .*; give format, one of librispeech, common_voice"),
         ("folder/a.csv", "", "holds neither shards"),
         ("folder/1-2.trans.txt", "1-2-3 \n", r"line 1 of '.*1-2\.trans\.txt': expected an utterance's name"),
