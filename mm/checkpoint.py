@@ -20,7 +20,7 @@ from lm import hub
 from lm.checkpoint import export_huggingface, load_llama, load_strict, read_json, read_meta_shards, read_safetensors
 from lm.config import PRESETS
 from lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from mm.config import ImageConfig, MultimodalConfig, from_mapping, with_image
+from mm.config import ImageConfig, MultimodalConfig, add_speech, from_mapping, with_parts
 from mm.model import MultimodalLlama
 from vision import mllama
 from vision.tiling import PIXEL_MEAN, PIXEL_STD
@@ -93,20 +93,45 @@ def export_mllama(model: MultimodalLlama, directory: str | Path, layout: str) ->
         model.tokenizer.save(directory)
 
 
-def compose(lm_source: str | Path, image: str | None = None, dtype: torch.dtype = torch.float32) -> MultimodalLlama:
-    """A language model, with a new image part of this name (`mm.config.IMAGE_PRESETS`) or without one.
+def compose(
+    lm_source: str | Path, image: str | None = None, speech: str | None = None, dtype: torch.dtype = torch.float32
+) -> MultimodalLlama:
+    """A language model with new parts of these names (`mm.config.IMAGE_PRESETS`, `SPEECH_PRESETS`).
 
-    The new part is untrained; its gates are zero, so the model answers as the language model alone.
+    The new parts are untrained. An image part's gates are zero, so the model answers as the language model alone.
     """
     path = lm_source if lm_source == "debug" else hub.resolve(lm_source)
     lm = load_llama(lm_source, dtype=dtype)
     tokenizer = _find_tokenizer(path)
     chat = _chat_of(tokenizer)
-    if image is None:
-        config = MultimodalConfig(lm=lm.config, chat=chat, lm_source=str(lm_source))
-    else:
-        config = with_image(lm.config, image, chat=chat, lm_source=str(lm_source))
-    return MultimodalLlama(config, tokenizer, lm=lm)
+    config = with_parts(lm.config, image=image, speech=speech, chat=chat, lm_source=str(lm_source))
+    model = MultimodalLlama(config, tokenizer, lm=lm)
+    _fit_new_ears(model)
+    return model
+
+
+def give_ears(model: MultimodalLlama, preset: str) -> MultimodalLlama:
+    """The same model with a new, untrained speech part of this name (`mm.config.SPEECH_PRESETS`).
+
+    Raises:
+        ValueError: it has one already, or the name is unknown.
+    """
+    if model.config.speech is not None:
+        raise ValueError("speech: this model has a speech part already")
+    whole = MultimodalLlama(add_speech(model.config, preset), model.tokenizer, lm=model.lm)
+    for name in ("image_encoder", "image_adapter"):
+        setattr(whole, name, getattr(model, name))
+    if model.new_tokens is not None and whole.new_tokens is not None:
+        with torch.no_grad():
+            whole.new_tokens.weight[: len(model.new_tokens.weight)] = model.new_tokens.weight
+    _fit_new_ears(whole)
+    return whole
+
+
+def _fit_new_ears(model: MultimodalLlama) -> None:
+    """Makes the embeddings of new ears as large as the language model's own."""
+    if model.speech_adapter is not None:
+        model.speech_adapter.match_embeddings(model.lm.embed_tokens.weight)
 
 
 def debug_model(seed: int = 0) -> MultimodalLlama:
@@ -115,7 +140,8 @@ def debug_model(seed: int = 0) -> MultimodalLlama:
         devices=[]
     ):  # vectors keep what their modules draw, which must not differ from call to call
         torch.manual_seed(seed)
-        model = MultimodalLlama(with_image(PRESETS["debug"](), "debug", chat="chatml"), ByteTokenizer())
+        config = with_parts(PRESETS["debug"](), image="debug", speech="debug", chat="chatml")
+        model = MultimodalLlama(config, ByteTokenizer())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "gate" in name.rsplit(".", 1)[-1]:
@@ -151,7 +177,7 @@ def _load_ours(directory: Path, dtype: torch.dtype) -> MultimodalLlama:
             f"{directory}: config.json describes another language model than {lm_source}:\n{config.lm}\n{lm.config}"
         )
     model = MultimodalLlama(config, tokenizer, lm=lm)
-    state = read_safetensors(directory, ADAPTERS) if config.image else {}
+    state = read_safetensors(directory, ADAPTERS) if config.has_parts else {}
     if stray := sorted(key for key in state if key.startswith("lm.")):
         raise ValueError(
             f"{directory / ADAPTERS} holds tensors of the language model ({stray[0]}, ...); they belong in {LM_FOLDER}/"

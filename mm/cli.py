@@ -13,8 +13,6 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from mm.model import MultimodalLlama
 
 
@@ -47,7 +45,7 @@ def _group(help: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
 
 
 app = _group(
-    "Eyes for Llama-family language models, trained stage by stage. Start with `mm demo`; "
+    "Eyes and ears for Llama-family language models, trained stage by stage. Start with `mm demo`; "
     "`mm COMMAND --help` explains a command with an example.",
     cls=PlainErrors,
 )
@@ -135,8 +133,9 @@ def demo(model: Model = "bundled") -> None:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask; may be left out when there is a picture.")] = "",
+    prompt: Annotated[str, typer.Argument(help="What to ask; may be left out when there is a picture or speech.")] = "",
     image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat it for several.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A recording; repeat it for several.")] = None,
     model: Model = "bundled",
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -149,19 +148,20 @@ def generate(
     dtype: DtypeOption = Dtype.FLOAT32,
     device: Device = "cpu",
 ) -> None:
-    """Answers a prompt, with or without pictures, as the answer is made.
+    """Answers a prompt, with or without pictures and recordings, as the answer is made.
 
     Example: `mm generate "How many circles are there?" --image examples/shapes.png`
     """
-    from data.images import load_image
-
-    if not prompt and not image:
-        raise ValueError("prompt: give a prompt, an --image, or both")
-    pictures = [load_image(path) for path in image or ()]  # a broken one shows before the model is loaded
+    if not prompt and not image and not audio:
+        raise ValueError("prompt: give a prompt, an --image, an --audio, or several of these")
+    # A broken one shows before the model is loaded.
+    pictures = [_open_medium("image", path) for path in image or ()]
+    clips = [_open_medium("audio", path) for path in audio or ()]
     _stream(
         _load(model, dtype, device),
         prompt or None,
         image=pictures or None,
+        audio=clips or None,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -173,20 +173,26 @@ def generate(
     )
 
 
-class Conversation:
-    """What was said in `mm chat`, and the pictures that wait for the next message."""
+def _open_medium(kind: str, path: Path) -> Any:
+    """A picture, or a waveform with its sample rate."""
+    from data.audio import SAMPLE_RATE, load_audio
+    from data.images import load_image
 
-    HELP = "/image FILE shows a picture with your next message, /reset starts anew, /quit ends"
+    return load_image(path) if kind == "image" else (load_audio(path), SAMPLE_RATE)
+
+
+class Conversation:
+    """What was said in `mm chat`, and the pictures and recordings that wait for the next message."""
+
+    HELP = "/image FILE and /audio FILE go with your next message, /reset starts anew, /quit ends"
 
     def __init__(self, model: MultimodalLlama, sampling: dict[str, Any]) -> None:
         self.model, self.sampling = model, sampling
         self.messages: list[dict[str, Any]] = []
-        self.pictures: list[Image.Image] = []
+        self.media: list[dict[str, Any]] = []
 
     def take(self, line: str) -> bool:
         """Obeys or answers a line; False at the end."""
-        from data.images import load_image
-
         command, _, argument = line.strip().partition(" ")
         match command:
             case "":
@@ -194,9 +200,11 @@ class Conversation:
             case "/quit":
                 return False
             case "/reset":
-                self.messages, self.pictures = [], []
-            case "/image":
-                self.pictures.append(load_image(Path(argument.strip(" \"'")).expanduser()))
+                self.messages, self.media = [], []
+            case "/image" | "/audio":
+                kind = command[1:]
+                medium = _open_medium(kind, Path(argument.strip(" \"'")).expanduser())
+                self.media.append({"type": kind, kind: medium})
             case _ if command.startswith("/"):
                 raise ValueError(f"{command} is no command; {self.HELP}")
             case _:
@@ -204,11 +212,10 @@ class Conversation:
         return True
 
     def _answer(self, text: str) -> None:
-        content = [{"type": "image", "image": picture} for picture in self.pictures]
-        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        messages = [*self.messages, {"role": "user", "content": [*self.media, {"type": "text", "text": text}]}]
         answer = _stream(self.model, messages, **self.sampling)
         # Only now, so that a message that could not be answered leaves nothing behind.
-        self.messages, self.pictures = [*messages, {"role": "assistant", "content": answer}], []
+        self.messages, self.media = [*messages, {"role": "assistant", "content": answer}], []
 
 
 @app.command()
@@ -223,7 +230,7 @@ def chat(
 ) -> None:
     """Talks with a model, turn after turn.
 
-    /image FILE shows a picture with the next message, /reset starts anew, /quit ends.
+    /image FILE and /audio FILE go with the next message, /reset starts anew, /quit ends.
 
     Example: `mm chat --temperature 0.7`
     """
@@ -262,12 +269,13 @@ def params(
     image: Annotated[
         str | None, typer.Option(help="Image part to give a preset: `paper`, `bundled` or `debug`.")
     ] = None,
+    speech: Annotated[str | None, typer.Option(help="Speech part to give a preset; the same names.")] = None,
 ) -> None:
     """Counts the parameters of each part.
 
     Without arguments: the counts of the paper and of the released models, beside ours.
 
-    Example: `mm params llama3-405b --image paper`
+    Example: `mm params llama3-405b --image paper --speech paper`
     """
     from lm.config import PRESETS
     from mm.params import claims_table, count_parts, paper_claims, parts_table, preset_model
@@ -275,9 +283,10 @@ def params(
     if source is None:
         view = claims_table(paper_claims())
     elif source in PRESETS:
-        view = parts_table(source if image is None else f"{source} + {image}", count_parts(preset_model(source, image)))
-    elif image is not None:
-        raise ValueError(f"image: goes with a preset ({', '.join(PRESETS)}); a checkpoint has its own image part")
+        given = [f"{kind} {name}" for kind, name in (("image", image), ("speech", speech)) if name is not None]
+        view = parts_table(" + ".join([source, *given]), count_parts(preset_model(source, image, speech)))
+    elif image is not None or speech is not None:
+        raise ValueError(f"image, speech: go with a preset ({', '.join(PRESETS)}); a checkpoint has its own parts")
     else:
         view = parts_table(source, count_parts(_load(source)))
     Console().print(view)
@@ -391,6 +400,27 @@ def pictures(
     print(f"wrote {out}; look at {out}/contact-sheet-*.png")
 
 
+@make_app.command()
+def speech(
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "read,dialogue,human",
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that speak.")] = 2,
+) -> None:
+    """Has sentences and questions spoken into WebDataset shards, and packs recordings of people; some held out.
+
+    Example: `mm data make speech --out shards/speech --kinds read,dialogue --scale 0.01`
+    """
+    from data.make.speech import make_speech
+
+    manifest = make_speech(out, seed=seed, kinds=kinds.split(","), scale=scale, workers=workers)
+    for kind in manifest["kinds"].values():
+        for name, part in kind["parts"].items():
+            print(f"{name}: {part['clips']} clips, {part['hours']:.2f} hours")
+    print(f"wrote {out}")
+
+
 @data_app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="Shards (folder or pattern), or a LLaVA .json or .jsonl.")],
@@ -402,6 +432,7 @@ def inspect(
 
     Example: `mm data inspect "shards/pictures/heldout-shapes-*.tar" --samples 6`
     """
+    from data.audio import audio_seconds
     from data.images import load_image
     from data.shards import open_source
     from mm.sheet import Shown, contact_sheet
@@ -414,6 +445,8 @@ def inspect(
             if part["type"] == "image":
                 pictures.append(load_image(part["image"]))
                 text = f"a picture of {pictures[-1].width} x {pictures[-1].height} pixels"
+            elif part["type"] == "audio":
+                text = f"a recording of {audio_seconds(part['audio']):.1f} s"
             else:
                 text = part["text"]
                 said[role] = said.get(role) or text
@@ -440,5 +473,24 @@ def eval_pictures(
     Example: `mm eval pictures --shards shards/pictures --limit 100 --out runs/eval`
     """
     from mm.eval.pictures import main
+
+    main(model, shards, out, limit=limit, batch_size=batch_size)
+
+
+@eval_app.command("speech")
+def eval_speech(
+    shards: Annotated[Path, typer.Option(help="Folder of `mm data make speech`.")],
+    model: Model = "bundled",
+    limit: Annotated[int, typer.Option(help="Utterances per set.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Utterances that are heard together.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for results, transcripts and a picture.")] = Path("eval"),
+) -> None:
+    """Measures transcripts of held-out speech, and replies to spoken questions.
+
+    Everything is also asked without the recording, and questions as text.
+
+    Example: `mm eval speech --shards shards/speech --limit 100 --out runs/eval-speech`
+    """
+    from mm.eval.speech import main
 
     main(model, shards, out, limit=limit, batch_size=batch_size)

@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Union
 
 from lm.config import LlamaConfig
+from speech.adapter import SpeechAdapterConfig
+from speech.conformer import PRESETS as CONFORMER_PRESETS
+from speech.conformer import ConformerConfig
+from speech.features import FeaturesConfig
 from vision.adapter import ImageAdapterConfig
 from vision.encoder import PRESETS as ENCODER_PRESETS
 from vision.encoder import ImageEncoderConfig
@@ -24,19 +28,35 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeechConfig:
+    """The ears: features, encoder, adapter, and the two tokens that enclose a recording (section 8.2.1)."""
+
+    features: FeaturesConfig
+    encoder: ConformerConfig
+    adapter: SpeechAdapterConfig
+    start_id: int
+    end_id: int
+
+    def n_tokens(self, n_frames: int) -> int:
+        """Embeddings that a recording of that many mel frames becomes; its two special tokens not counted."""
+        return self.adapter.n_tokens(self.encoder.n_outputs(n_frames))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MultimodalConfig:
     """A language model and the parts beside it.
 
     Attributes:
         chat: name of the chat format, "llama3" or "chatml".
         n_new_tokens: rows embedded beside the frozen token table; row i is id `lm.vocab_size + i`.
-        media_ids: token id that stands for a medium in the text, by kind.
+        media_ids: token id that stands for a medium in the text, by kind: for all of a picture, for each embedding of speech.
         lm_source: where the language model is loaded from when it is not saved along.
     """
 
     lm: LlamaConfig
     chat: str
     image: ImageConfig | None = None
+    speech: SpeechConfig | None = None
     n_new_tokens: int = 0
     media_ids: dict[str, int] = dataclasses.field(default_factory=dict)
     lm_source: str | None = None
@@ -44,9 +64,17 @@ class MultimodalConfig:
     def __post_init__(self) -> None:
         if self.image and "image" not in self.media_ids:
             raise ValueError("media_ids: a model with an image part needs the id of its image token")
-        for kind, token_id in self.media_ids.items():
+        if self.speech and "audio" not in self.media_ids:
+            raise ValueError("media_ids: a model with a speech part needs the id of its audio token")
+        enclosing = {"start_id": self.speech.start_id, "end_id": self.speech.end_id} if self.speech else {}
+        for kind, token_id in (self.media_ids | enclosing).items():
             if token_id >= self.lm.vocab_size + self.n_new_tokens:
                 raise ValueError(f"media_ids: id {token_id} of {kind!r} has no embedding row")
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is anything beside the language model."""
+        return bool(self.image or self.speech)
 
 
 def _debug_image(lm: LlamaConfig) -> ImageConfig:
@@ -74,17 +102,48 @@ IMAGE_PRESETS: dict[str, Callable[[LlamaConfig], ImageConfig]] = {
 }
 
 
-def with_image(lm: LlamaConfig, preset: str, *, chat: str, lm_source: str | None = None) -> MultimodalConfig:
-    """Configuration of a language model with a new image part; its image token is the first new row."""
+#: Ears by name: presets of encoder and adapter.
+SPEECH_PRESETS = {"debug": ("debug", "debug"), "bundled": ("bundled", "bundled"), "paper": ("llama3", "paper")}
+
+
+def with_parts(
+    lm: LlamaConfig, *, image: str | None = None, speech: str | None = None, chat: str, lm_source: str | None = None
+) -> MultimodalConfig:
+    """Configuration of a language model with new parts by name (`IMAGE_PRESETS`, `SPEECH_PRESETS`)."""
+    config = MultimodalConfig(lm=lm, chat=chat, lm_source=lm_source)
+    config = add_image(config, image) if image else config
+    return add_speech(config, speech) if speech else config
+
+
+def add_image(config: MultimodalConfig, preset: str) -> MultimodalConfig:
+    """Adds a new image part; its token is a new row."""
     if preset not in IMAGE_PRESETS:
         raise ValueError(f"image preset {preset!r} is unknown; choose one of {', '.join(IMAGE_PRESETS)}")
-    return MultimodalConfig(
-        lm=lm,
-        chat=chat,
-        image=IMAGE_PRESETS[preset](lm),
-        n_new_tokens=1,
-        media_ids={"image": lm.vocab_size},
-        lm_source=lm_source,
+    first = config.lm.vocab_size + config.n_new_tokens
+    return dataclasses.replace(
+        config,
+        image=IMAGE_PRESETS[preset](config.lm),
+        n_new_tokens=config.n_new_tokens + 1,
+        media_ids=config.media_ids | {"image": first},
+    )
+
+
+def add_speech(config: MultimodalConfig, preset: str) -> MultimodalConfig:
+    """Adds new ears; their tokens are three new rows: speech, and its start and end."""
+    if preset not in SPEECH_PRESETS:
+        raise ValueError(f"speech preset {preset!r} is unknown; choose one of {', '.join(SPEECH_PRESETS)}")
+    encoder_preset, adapter_preset = SPEECH_PRESETS[preset]
+    encoder = CONFORMER_PRESETS[encoder_preset]()
+    first = config.lm.vocab_size + config.n_new_tokens
+    speech = SpeechConfig(
+        features=FeaturesConfig(n_mels=encoder.n_mels),
+        encoder=encoder,
+        adapter=SpeechAdapterConfig.for_lm(config.lm, encoder.dim, adapter_preset),
+        start_id=first + 1,
+        end_id=first + 2,
+    )
+    return dataclasses.replace(
+        config, speech=speech, n_new_tokens=config.n_new_tokens + 3, media_ids=config.media_ids | {"audio": first}
     )
 
 

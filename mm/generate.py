@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,7 @@ def generate(
     prompt: str | Sequence[str] | None = None,
     *,
     image: Any = None,
+    audio: Any = None,
     messages: Messages | Sequence[Messages] | None = None,
     style: Style = "chat",
     **sampling: Any,
@@ -67,6 +68,8 @@ def generate(
         prompt: one user turn, or a list of them for a batch.
         image: a path, bytes, PIL picture or array; a list of them for one prompt with several pictures. With a list of prompts, a
             list with the pictures (or None) of each. Pictures come before the text.
+        audio: a path, bytes or `(waveform, sample_rate)`; lists as for `image`. Recordings come after pictures, before the
+            text; without any text they are a spoken question.
         messages: a conversation `[{"role": ..., "content": ...}]` instead of a prompt, or a list of conversations.
         style: "chat" for models that follow instructions; "plain" continues pictures and text as a base model does.
         **sampling: fields of `lm.sampling.SamplingParams`: max_new_tokens, temperature (0 = greedy), top_k, top_p, min_p,
@@ -75,7 +78,7 @@ def generate(
     Raises:
         ValueError: a broken medium, an unknown option, a prompt beyond the context, or neither prompt nor messages.
     """
-    conversations, is_batch = _conversations(prompt, image, messages)
+    conversations, is_batch = _conversations(prompt, {"image": image, "audio": audio}, messages)
     rows = collect(_decode(model, conversations, _sampling(sampling), style))
     generations = [_generation(row) for row in rows]
     return generations if is_batch else generations[0]
@@ -86,16 +89,18 @@ def stream(
     prompt: str | Messages | None = None,
     *,
     image: Any = None,
+    audio: Any = None,
     **sampling: Any,
 ) -> Iterator[Event]:
     """Answers one prompt or conversation, yielding `TextDelta`s as they are made and one `Done` at the end.
 
     Args: as `generate`; `prompt` may also be a list of messages.
     """
+    media = {"image": image, "audio": audio}
     if prompt is None or isinstance(prompt, str):
-        conversations, is_batch = _conversations(prompt, image, None)
+        conversations, is_batch = _conversations(prompt, media, None)
     else:
-        conversations, is_batch = _conversations(None, image, prompt)
+        conversations, is_batch = _conversations(None, media, prompt)
     if is_batch:
         raise ValueError("stream: takes one prompt or conversation; use generate for a batch")
     steps = []
@@ -120,29 +125,34 @@ def _sampling(options: dict[str, Any]) -> SamplingParams:
 
 
 def _conversations(
-    prompt: str | Sequence[str] | None, image: Any, messages: Messages | Sequence[Messages] | None
+    prompt: str | Sequence[str] | None,
+    media: Mapping[str, Any],
+    messages: Messages | Sequence[Messages] | None,
 ) -> tuple[list[Messages], bool]:
     """Normalises the calling conventions to a list of conversations, and tells whether a batch was asked for."""
-    if (prompt is None) == (messages is None) and image is None:
+    given = {kind: sources for kind, sources in media.items() if sources is not None}
+    if (prompt is None) == (messages is None) and not given:
         raise ValueError("generate: give either a prompt or messages")
     if messages is not None:
-        if prompt is not None or image is not None:
-            raise ValueError("generate: with messages, put the text and the pictures into their content")
+        if prompt is not None or given:
+            raise ValueError("generate: with messages, put the text and the media into their content")
         is_batch = bool(messages) and not isinstance(messages[0], dict)
         return (list(messages) if is_batch else [messages]), is_batch  # type: ignore[arg-type,list-item]
     if prompt is None or isinstance(prompt, str):
-        return [_user_turn(prompt, image)], False
+        return [_user_turn(prompt, given)], False
     if not prompt:
         raise ValueError("prompt: the batch is empty; give at least one")
-    images = [None] * len(prompt) if image is None else image
-    if not isinstance(images, list | tuple) or len(images) != len(prompt):
-        raise ValueError(f"image: a batch of {len(prompt)} prompts needs a list with the pictures (or None) of each")
-    return [_user_turn(text, picture) for text, picture in zip(prompt, images, strict=True)], True
+    for kind, sources in given.items():
+        if not isinstance(sources, list) or len(sources) != len(prompt):
+            raise ValueError(f"{kind}: a batch of {len(prompt)} prompts needs a list with what goes with each, or None")
+    return [_user_turn(text, {kind: given[kind][i] for kind in given}) for i, text in enumerate(prompt)], True
 
 
-def _user_turn(prompt: str | None, image: Any) -> Messages:
-    pictures = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-    parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+def _user_turn(prompt: str | None, media: Mapping[str, Any]) -> Messages:
+    parts: list[dict[str, Any]] = []
+    for kind, sources in media.items():
+        sources = sources if isinstance(sources, list) else [sources]
+        parts += [{"type": kind, kind: source} for source in sources if source is not None]
     if prompt:
         parts.append({"type": "text", "text": prompt})
     return [{"role": "user", "content": parts}]
@@ -156,10 +166,11 @@ def _decode(
     assert model.tokenizer is not None
     samples = [processor.encode(messages, style=style, add_generation_prompt=True) for messages in conversations]
     with torch.inference_mode():
-        memory = model.encode_media(processor.collate(samples).to(model.device))
+        media = model.encode_media(processor.collate(samples).to(model.device))
 
     def decoder(ids_BT: Tensor, valid_BS: Tensor | None, cache: KVCache) -> Tensor:
-        return model.decode(ids_BT, valid_BS=valid_BS, memory=memory, cache=cache)
+        seen = media if cache.length == 0 else replace(media, speech_KD=None)  # what is sampled is no audio token
+        return model.decode(ids_BT, valid_BS=valid_BS, media=seen, cache=cache)
 
     prompt_ids = [sample.ids for sample in samples]
     return decode_prompts(model.lm, decoder, model.tokenizer, prompt_ids, params, processor.chat.stop_ids)

@@ -1,13 +1,16 @@
-"""The whole: an untouched language model with its eyes beside it.
+"""The whole: an untouched language model with its eyes and ears beside it.
 
 Composition without wrapping: `.lm` is exactly a text `Llama`; encoders and adapters are its siblings and meet it only in `hidden`,
-where the adapters run between its layers. A call without media runs the language model and nothing else.
+where the adapters run between its layers, and in `embed`, where speech takes the place of token embeddings. A call without
+media runs the language model and nothing else.
+
+Shape letters: B rows, T tokens of this call, D LM width, P pictures, A recordings, U embeddings of a recording, K audio tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,9 @@ from lm.model import NO_ADAPTERS, Adapters, KVCache, Llama, NewTokenRows, token_
 from lm.tokenizer import Tokenizer
 from mm.config import MultimodalConfig
 from mm.processor import Batch, Processor
+from speech.adapter import SpeechAdapter
+from speech.conformer import Conformer
+from speech.streaming import below
 from vision.adapter import CrossMemory, ImageAdapter
 from vision.encoder import ImageEncoder
 
@@ -27,8 +33,24 @@ if TYPE_CHECKING:
     from mm.generate import Event, Generation
 
 
+@dataclass(frozen=True)
+class Media:
+    """A batch's media as the language model takes them.
+
+    Attributes:
+        memory: keys and values of the pictures; None without pictures.
+        speech_KD: embeddings of all audio tokens, in reading order; None without recordings.
+    """
+
+    memory: CrossMemory | None = None
+    speech_KD: Tensor | None = None
+
+
+NO_MEDIA = Media()
+
+
 class MultimodalLlama(nn.Module):
-    """A Llama-family language model that can be asked about pictures.
+    """A Llama-family language model that can be asked about pictures and spoken to.
 
     Args:
         config: the language model and the parts beside it.
@@ -44,6 +66,8 @@ class MultimodalLlama(nn.Module):
         self.new_tokens = NewTokenRows(config.n_new_tokens, config.lm.dim) if config.n_new_tokens else None
         self.image_encoder = ImageEncoder(config.image.encoder) if config.image else None
         self.image_adapter = ImageAdapter(config.image.adapter) if config.image else None
+        self.speech_encoder = Conformer(config.speech.encoder) if config.speech else None
+        self.speech_adapter = SpeechAdapter(config.speech.adapter) if config.speech else None
 
     @classmethod
     def from_pretrained(
@@ -84,7 +108,7 @@ class MultimodalLlama(nn.Module):
                 "this checkpoint has no tokenizer; put its tokenizer.json or tokenizer.model into the directory"
             )
         chat = chat_format(self.config.chat, self.tokenizer, self.config.media_ids)
-        return Processor(chat, self.config.image.encoder if self.config.image else None)
+        return Processor(chat, self.config.image.encoder if self.config.image else None, self.config.speech)
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +143,12 @@ class MultimodalLlama(nn.Module):
             image = replace(self.config.image, encoder=self.image_encoder.config)
             self.config = replace(self.config, image=image)
 
-    def encode_media(self, batch: Batch) -> CrossMemory | None:
-        """Runs the image encoder and computes every block's keys and values, once; None without pictures."""
+    def encode_media(self, batch: Batch) -> Media:
+        """Runs the encoders, once for each medium."""
+        return Media(self.encode_pictures(batch), self.encode_speech(batch))
+
+    def encode_pictures(self, batch: Batch) -> CrossMemory | None:
+        """Every cross-attention block's keys and values of the batch's pictures; None without pictures."""
         if batch.pictures is None:
             return None
         if self.image_encoder is None or self.image_adapter is None:
@@ -134,6 +162,15 @@ class MultimodalLlama(nn.Module):
             n_rows=batch.ids_BT.shape[0],
         )
 
+    def encode_speech(self, batch: Batch) -> Tensor | None:
+        """Embeddings `(K, D)` of the batch's audio tokens, in reading order; None without recordings."""
+        if batch.mel_ATM is None or batch.n_frames_A is None:
+            return None
+        if self.speech_encoder is None or self.speech_adapter is None:
+            raise ValueError("audio: this model has no speech part")
+        x_AUD, n_tokens_A = self.speech_adapter(*self.speech_encoder(batch.mel_ATM, batch.n_frames_A))
+        return x_AUD[below(n_tokens_A, x_AUD.shape[1])]
+
     def adapters(self, memory: CrossMemory | None, position_BT: Tensor) -> Adapters:
         """What runs between the layers of the language model for tokens at these positions."""
         if memory is None:
@@ -141,17 +178,21 @@ class MultimodalLlama(nn.Module):
         assert self.image_adapter is not None
         return self.image_adapter.bind(memory, position_BT)
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
+    def embed(self, ids_BT: Tensor, speech_KD: Tensor | None = None) -> Tensor:
+        """Embeddings of tokens; `speech_KD` are those of the audio tokens among them, in reading order."""
         if self.new_tokens is None:
             return self.lm.embed_tokens(ids_BT)
-        return self.new_tokens(ids_BT, self.lm.embed_tokens)
+        h_BTD = self.new_tokens(ids_BT, self.lm.embed_tokens)
+        if speech_KD is None:
+            return h_BTD
+        return h_BTD.index_put((ids_BT == self.config.media_ids["audio"],), speech_KD.to(h_BTD.dtype))
 
     def decode(
         self,
         ids_BT: Tensor,
         *,
         valid_BS: Tensor | None = None,
-        memory: CrossMemory | None = None,
+        media: Media = NO_MEDIA,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Decoder output `(B, T, D)` of tokens that may continue a cached beginning.
@@ -159,19 +200,19 @@ class MultimodalLlama(nn.Module):
         Args:
             ids_BT: the new tokens.
             valid_BS: False where a row has padding, over cached and new tokens; None when there is none.
-            memory: what the tokens may look at, from `encode_media`.
+            media: pictures that the tokens may look at, and the embeddings of the audio tokens among them.
             cache: earlier tokens; these are added.
         """
-        h_BTD = self.embed(ids_BT)
+        h_BTD = self.embed(ids_BT, media.speech_KD)
         past = cache.length if cache is not None else 0
         position_BT = token_positions(h_BTD, valid_BS, past)
         if valid_BS is not None:
             position_BT = torch.where(valid_BS[:, past:], position_BT, -1)  # padding sees no picture
-        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=self.adapters(memory, position_BT))
+        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=self.adapters(media.memory, position_BT))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Normalised decoder output `(B, T, D)` of whole rows; `self.lm.logits` makes logits of it."""
-        return self.decode(batch.ids_BT, valid_BS=batch.valid_BS, memory=self.encode_media(batch))
+        return self.decode(batch.ids_BT, valid_BS=batch.valid_BS, media=self.encode_media(batch))
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits `(B, T, vocab_size)`."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from lm.config import PRESETS
-from mm.config import ImageConfig, MultimodalConfig, with_image
+from mm.config import ImageConfig, MultimodalConfig, with_parts
 from mm.model import MultimodalLlama
 from mm.stages import part_of
 from vision.adapter import ImageAdapterConfig
@@ -21,28 +21,35 @@ from vision.mllama import N_NEW_TOKENS
 LM, NEW_TOKENS = "language model", "new token rows"
 STEM, VIT, GATED_LAYERS = "image encoder: stem", "image encoder: ViT", "image encoder: gated layers"
 PROJECTION, CROSS_ATTENTION = "image adapter: projection", "image adapter: cross-attention"
-_ROW_OF_PART = {"lm": LM, "stem": STEM, "vit": VIT, "gated_layers": GATED_LAYERS, "image_adapter": CROSS_ATTENTION}
+CONFORMER, SPEECH_ADAPTER = "speech encoder", "speech adapter"
+_ROW_OF_PART = {
+    "lm": LM,
+    "new_tokens": NEW_TOKENS,
+    "stem": STEM,
+    "vit": VIT,
+    "gated_layers": GATED_LAYERS,
+    "image_adapter": CROSS_ATTENTION,
+    "speech_encoder": CONFORMER,
+    "speech_adapter": SPEECH_ADAPTER,
+}
 
 
 def count_parts(model: nn.Module) -> dict[str, int]:
     """Parameters of each part of a `MultimodalLlama`."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        row = _ROW_OF_PART[part_of(name)]
-        if name.startswith("new_tokens."):
-            row = NEW_TOKENS
-        elif name.startswith("image_adapter.projection."):
-            row = PROJECTION
+        row = PROJECTION if name.startswith("image_adapter.projection.") else _ROW_OF_PART[part_of(name)]
         counts[row] += parameter.numel()
     return dict(counts)
 
 
-def preset_model(lm: str, image: str | None = None) -> MultimodalLlama:
+def preset_model(lm: str, image: str | None = None, speech: str | None = None) -> MultimodalLlama:
     """A model of a preset's shape on the meta device, which takes no memory.
 
     Args:
         lm: a name in `lm.config.PRESETS`.
-        image: a name in `mm.config.IMAGE_PRESETS`; None for the language model alone.
+        image: a name in `mm.config.IMAGE_PRESETS`; None for a model without eyes.
+        speech: a name in `mm.config.SPEECH_PRESETS`; None for a model without ears.
 
     Raises:
         ValueError: a name is unknown.
@@ -50,9 +57,7 @@ def preset_model(lm: str, image: str | None = None) -> MultimodalLlama:
     if lm not in PRESETS:
         raise ValueError(f"preset {lm!r} is unknown; choose one of {', '.join(PRESETS)}")
     # The chat format has no parameters; any will do.
-    config = (
-        with_image(PRESETS[lm](), image, chat="llama3") if image else MultimodalConfig(lm=PRESETS[lm](), chat="llama3")
-    )
+    config = with_parts(PRESETS[lm](), image=image, speech=speech, chat="llama3")
     with torch.device("meta"):
         return MultimodalLlama(config)
 
@@ -88,8 +93,8 @@ class Claim:
 
 
 def paper_claims() -> list[Claim]:
-    """Counts of section 7.2 and of the released models, against models built here on the meta device."""
-    sizes = {name: count_parts(preset_model(f"llama3-{name}", "paper")) for name in ("8b", "70b", "405b")}
+    """Counts of sections 7.2 and 8.2.1 and of the released models, against models built here on the meta device."""
+    sizes = {name: count_parts(preset_model(f"llama3-{name}", "paper", "paper")) for name in ("8b", "70b", "405b")}
     vision = {name: sum(count_parts(_llama3_2_vision(f"llama3-{name}")).values()) for name in ("8b", "70b")}
     encoder = sizes["70b"][VIT] + sizes["70b"][GATED_LAYERS]
     rows = (
@@ -102,6 +107,9 @@ def paper_claims() -> list[Claim]:
         ("width of its features", "7680", 7680, 0, ENCODER_PRESETS["vit-h-14"]().feature_dim),
         ("cross-attention for the 8B", "1.745B", 1.745e9, 1e-3, sizes["8b"][CROSS_ATTENTION]),
         ("cross-attention for the 405B", "about 100B", 100e9, 0.03, sizes["405b"][CROSS_ATTENTION]),
+        ("Conformer of 24 layers", "1B (1.001B)", 1.001e9, 2e-3, sizes["8b"][CONFORMER]),
+        # For the 8B; the last layer grows with the language model.
+        ("speech adapter", "about 100M", 100e6, 0.05, sizes["8b"][SPEECH_ADAPTER]),
         ("Llama 3.2 Vision 11B", "10.629B", 10.629e9, 1e-3, vision["8b"]),
         ("Llama 3.2 Vision 90B", "88.552B", 88.552e9, 1e-3, vision["70b"]),
     )

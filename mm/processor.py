@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from data.audio import load_audio
 from data.images import load_image
-from lm.chat import ChatFormat, Encoded
+from lm.chat import ChatFormat, Encoded, MediaSpan
+from mm.config import SpeechConfig
+from speech.features import LogMel
 from vision.encoder import ImageEncoderConfig
 from vision.tiling import Pictures, Tiles, tile_image
 
@@ -24,18 +28,20 @@ class Sample:
     Attributes:
         supervised: True for ids whose prediction is trained.
         tiles: the pictures in reading order; picture k stands at index `picture_positions[k]` of `ids`.
+        clips: mel frames `(T, M)` of the recordings in reading order; each has as many audio tokens in `ids` as embeddings.
     """
 
     ids: list[int]
     supervised: list[bool]
     tiles: list[Tiles] = field(default_factory=list)
     picture_positions: list[int] = field(default_factory=list)
+    clips: list[Tensor] = field(default_factory=list)
     key: str = ""
 
 
 @dataclass
 class Batch:
-    """Rows of token ids with the pictures of all rows, flattened in reading order.
+    """Rows of token ids with the pictures and recordings of all rows, flattened in reading order.
 
     Attributes:
         ids_BT: token ids, padded.
@@ -44,6 +50,8 @@ class Batch:
         pictures: P pictures of all rows, or None.
         picture_row_P: row of each picture.
         picture_position_P: index of its token in the row, padding not counted.
+        mel_ATM: mel frames of the A recordings of all rows, padded with zeros, or None.
+        n_frames_A: mel frames of each.
     """
 
     ids_BT: Tensor
@@ -52,6 +60,8 @@ class Batch:
     pictures: Pictures | None
     picture_row_P: Tensor
     picture_position_P: Tensor
+    mel_ATM: Tensor | None = None
+    n_frames_A: Tensor | None = None
     keys: list[str] = field(default_factory=list)
 
     @property
@@ -67,16 +77,21 @@ class Batch:
 
 
 class Processor:
-    """Turns messages into samples and batches, for one chat format and one image encoder.
+    """Turns messages into samples and batches, for one chat format and one model's eyes and ears.
 
     Args:
         chat: writes messages as ids.
         image: the image encoder's configuration (tile size and count); None for a model without eyes.
+        speech: the speech part's configuration; None for a model without ears.
     """
 
-    def __init__(self, chat: ChatFormat, image: ImageEncoderConfig | None) -> None:
+    def __init__(
+        self, chat: ChatFormat, image: ImageEncoderConfig | None = None, speech: SpeechConfig | None = None
+    ) -> None:
         self.chat = chat
         self.image = image
+        self.speech = speech
+        self.log_mel = LogMel(speech.features) if speech else None
 
     def tokenize(
         self, messages: Sequence[dict[str, Any]], *, style: Style = "chat", add_generation_prompt: bool = False
@@ -105,23 +120,53 @@ class Processor:
         style: Style = "chat",
         add_generation_prompt: bool = False,
         key: str = "",
+        augment_audio: Callable[[Tensor], Tensor] = lambda waveform: waveform,
     ) -> Sample:
         """Tokenises and opens the media.
+
+        Args:
+            augment_audio: changes a waveform `(samples,)` before its features are made.
 
         Raises:
             ValueError: a broken medium, or one that this model has no part for.
         """
         encoded = self.tokenize(messages, style=style, add_generation_prompt=add_generation_prompt)
-        sample = Sample(ids=encoded.ids, supervised=encoded.supervised, key=key)
+        sample = Sample(ids=[], supervised=[], key=key)
+        done = 0
         for span in encoded.media:
-            if span.kind != "image" or self.image is None:
+            sample.ids += encoded.ids[done : span.position]
+            sample.supervised += encoded.supervised[done : span.position]
+            done = span.position + 1
+            if span.kind == "image" and self.image is not None:
+                self._add_picture(sample, span, self.image)
+            elif span.kind == "audio" and self.speech is not None:
+                self._add_clip(sample, span, self.speech, augment_audio)
+            else:
                 raise ValueError(
                     f"{span.kind}: this model has no part that understands it; load one that has, such as 'bundled'"
                 )
-            picture = load_image(span.source)
-            sample.tiles.append(tile_image(picture, self.image.tile_size, self.image.max_tiles))
-            sample.picture_positions.append(span.position)
+        sample.ids += encoded.ids[done:]
+        sample.supervised += encoded.supervised[done:]
         return sample
+
+    def _add_picture(self, sample: Sample, span: MediaSpan, image: ImageEncoderConfig) -> None:
+        picture = load_image(span.source)
+        sample.tiles.append(tile_image(picture, image.tile_size, image.max_tiles))
+        sample.picture_positions.append(len(sample.ids))
+        sample.ids.append(self.chat.media_ids["image"])
+        sample.supervised.append(False)
+
+    def _add_clip(
+        self, sample: Sample, span: MediaSpan, speech: SpeechConfig, augment: Callable[[Tensor], Tensor]
+    ) -> None:
+        """A recording is a start token, an audio token for each of its embeddings, and an end token."""
+        assert self.log_mel is not None
+        waveform_N = augment(load_audio(span.source, speech.features.sample_rate))
+        mel_1TM, _ = self.log_mel(waveform_N[None], torch.tensor([len(waveform_N)]))
+        sample.clips.append(mel_1TM[0])
+        n_tokens = speech.n_tokens(mel_1TM.shape[1])
+        sample.ids += [speech.start_id, *[self.chat.media_ids["audio"]] * n_tokens, speech.end_id]
+        sample.supervised += [False] * (n_tokens + 2)
 
     def collate(self, samples: Sequence[Sample], *, pad_side: Literal["left", "right"] = "right") -> Batch:
         """Pads samples to one length: right for training, left for generation."""
@@ -134,6 +179,7 @@ class Processor:
                 out[i, start : start + len(row)] = torch.tensor(row, dtype=dtype)
             return out
 
+        clips = [clip for sample in samples for clip in sample.clips]
         tiles = [tile for sample in samples for tile in sample.tiles]
         # The released encoder lets padding be seen, so its result needs all tiles there.
         n_tiles = self.image.max_tiles if self.image and self.image.released_padding_quirk else None
@@ -144,5 +190,7 @@ class Processor:
             pictures=Pictures.collate(tiles, n_tiles=n_tiles) if tiles else None,
             picture_row_P=torch.tensor([i for i, s in enumerate(samples) for _ in s.tiles], dtype=torch.int64),
             picture_position_P=torch.tensor([p for s in samples for p in s.picture_positions], dtype=torch.int64),
+            mel_ATM=pad_sequence(clips, batch_first=True) if clips else None,
+            n_frames_A=torch.tensor([len(clip) for clip in clips]) if clips else None,
             keys=[sample.key for sample in samples],
         )

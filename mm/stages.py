@@ -1,4 +1,4 @@
-"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4 and 7.5.2).
+"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4, 7.5.2 and 8.3.1).
 
 `apply` is the only code that touches `requires_grad`. A stage starts from what the one before exported, weights without optimiser
 state, so its optimiser always starts anew, as the paper does for annealing.
@@ -20,8 +20,11 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"image_encoder\.gated_positional_embedding\.(tile_embedding|gate)$", "gated_layers"),
     (r"image_encoder\.", "vit"),
     (r"image_adapter\.", "image_adapter"),
-    (r"(lm|new_tokens)\.", "lm"),
-    (r"(text_encoder|image_projection|logit_scale)\b", "contrastive_head"),
+    (r"(speech_encoder|encoder)\.", "speech_encoder"),  # in BEST-RQ's and the CTC model the encoder is alone
+    (r"speech_adapter\.", "speech_adapter"),
+    (r"new_tokens\.", "new_tokens"),
+    (r"lm\.", "lm"),
+    (r"(text_encoder|image_projection|logit_scale|heads|head)\b", "head"),
 )
 
 
@@ -34,18 +37,18 @@ class LearningRates:
     """Peak learning rate of each group of parameters; 0 freezes the group.
 
     Attributes:
-        encoder: the ViT and its gated layers.
+        encoder: the ViT and its gated layers, or the Conformer.
         stem: a hybrid encoder's convolutional backbone.
-        adapter: projection and cross-attention blocks.
+        adapter: projection and cross-attention blocks, or the speech adapter and the tokens that enclose speech.
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
-        contrastive_head: text tower and projections of contrastive pre-training.
+        head: what pre-training needs and no later stage: text tower and projections, codebook heads, letters.
     """
 
     encoder: float = 0.0
     stem: float = 0.0
     adapter: float = 0.0
     gates: float = 0.0
-    contrastive_head: float = 0.0
+    head: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -59,7 +62,10 @@ RATE_OF_PART = {
     "vit": "encoder",
     "gated_layers": "encoder",
     "image_adapter": "adapter",
-    "contrastive_head": "contrastive_head",
+    "speech_encoder": "encoder",
+    "speech_adapter": "adapter",
+    "new_tokens": "adapter",
+    "head": "head",
 }
 
 
@@ -69,14 +75,15 @@ class Stage:
 
     Attributes:
         trains: parts that train; all others are frozen.
-        loss: "contrastive" between pictures and texts, or "next-token" on supervised tokens.
+        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on transcripts, or "next-token" on
+            supervised tokens.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
 
     name: str
     trains: frozenset[str]
-    loss: Literal["contrastive", "next-token"]
+    loss: Literal["contrastive", "best-rq", "ctc", "next-token"]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
@@ -86,7 +93,7 @@ _EYES = frozenset({"stem", "vit", "gated_layers", "image_adapter"})
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage(name="image-encoder", trains=frozenset({"stem", "vit", "contrastive_head"}), loss="contrastive"),
+        Stage(name="image-encoder", trains=frozenset({"stem", "vit", "head"}), loss="contrastive"),
         Stage(name="image-adapter", trains=_EYES, loss="next-token"),
         Stage(name="image-anneal", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
@@ -107,7 +114,7 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
 
     Returns:
         The optimiser's parameter groups: `params`, `lr`, `weight_decay`, and the `name` of the learning rate. They hold exactly the
-        parameters that train. Gates, norms and biases are not decayed.
+        parameters that train. Gates, norms, biases and token embeddings are not decayed.
 
     Raises:
         ValueError: nothing would train.
@@ -122,7 +129,7 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
         if rate == 0:
             continue
         model.get_submodule(name.rpartition(".")[0]).training = True
-        decays = parameter.ndim > 1
+        decays = parameter.ndim > 1 and part != "new_tokens"
         group = groups.setdefault(
             (rate_name, decays),
             {"name": rate_name, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},

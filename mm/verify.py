@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -14,8 +15,12 @@ from mm.params import paper_claims
 from mm.processor import Batch
 from vision.tiling import Pictures, tile_image
 
-#: The batch that is tried: a row of text, and a row that is padded on the left and has a picture.
-N_TOKENS, PADDING, PICTURE_AT = 23, 5, 9
+#: The batch that is tried: a row of text, and a row that is padded on the left and has a picture or a recording.
+N_TOKENS, PADDING, MEDIUM_AT = 23, 5, 9
+#: Mel frames of the recording. One token stands for 8 in every preset; what it stands for must fit into the row.
+N_FRAMES = 45
+
+Kind = Literal["picture", "recording"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,11 @@ def check_model(model: MultimodalLlama) -> list[Check]:
     """Checks of a loaded model."""
     checks = [check_tensors(model), check_text_parity(model)]
     if model.config.image is not None:
-        checks.append(check_parity_beside_pictures(model))
-        if model.config.lm_source is not None:
-            checks.append(check_language_model(model, model.config.lm_source))
+        checks.append(check_parity_beside(model, "picture"))
+    if model.config.speech is not None:
+        checks.append(check_parity_beside(model, "recording"))
+    if model.config.has_parts and model.config.lm_source is not None:
+        checks.append(check_language_model(model, model.config.lm_source))
     return checks
 
 
@@ -61,21 +68,21 @@ def check_tensors(model: MultimodalLlama) -> Check:
 
 @torch.inference_mode()
 def check_text_parity(model: MultimodalLlama) -> Check:
-    """Contract clause 1: without pictures, logits are those of the bare language model, bit for bit."""
-    batch = _batch(model, with_picture=False)
+    """Contract clause 1: without media, logits are those of the bare language model, bit for bit."""
+    batch = _batch(model)
     same = torch.equal(model(batch), model.lm(batch.ids_BT, valid_BS=batch.valid_BS))
     return _parity("text parity", same, "text alone")
 
 
 @torch.inference_mode()
-def check_parity_beside_pictures(model: MultimodalLlama) -> Check:
-    """Clauses 1 and 2: a picture reaches neither the other row nor the tokens before it."""
-    batch = _batch(model, with_picture=True)
+def check_parity_beside(model: MultimodalLlama, kind: Kind) -> Check:
+    """Clauses 1 and 2: a medium reaches neither the other row nor the tokens before it."""
+    batch = _batch(model, kind)
     bare_BTV = model.lm.logits(model.lm.hidden(model.embed(batch.ids_BT), valid_BS=batch.valid_BS))
     logits_BTV = model(batch)
-    before = slice(PADDING, PICTURE_AT)
+    before = slice(PADDING, MEDIUM_AT)
     same = torch.equal(logits_BTV[0], bare_BTV[0]) and torch.equal(logits_BTV[1, before], bare_BTV[1, before])
-    return _parity("text parity beside pictures", same, "text in a batch with a picture, and text before the picture,")
+    return _parity(f"text parity beside {kind}s", same, f"text in a batch with a {kind}, and text before the {kind},")
 
 
 def check_language_model(model: MultimodalLlama, lm_source: str) -> Check:
@@ -100,25 +107,31 @@ def _parity(name: str, same: bool, where: str) -> Check:
     return Check(name, same, f"{where} {verdict}")
 
 
-def _batch(model: MultimodalLlama, *, with_picture: bool) -> Batch:
+def _batch(model: MultimodalLlama, kind: Kind | None = None) -> Batch:
     """Random tokens, the same on every call; no tokenizer is needed."""
     ids_BT = torch.randint(model.config.lm.vocab_size, (2, N_TOKENS), generator=torch.Generator().manual_seed(0))
     valid_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     valid_BT[1, :PADDING] = False
-    pictures, place = None, torch.empty(0, dtype=torch.int64)
-    row_P, position_P = place, place
-    if with_picture:
-        ids_BT[1, PICTURE_AT] = model.config.media_ids["image"]
-        pictures = _picture(model)
-        row_P, position_P = torch.tensor([1]), torch.tensor([PICTURE_AT - PADDING])
+    nowhere = torch.empty(0, dtype=torch.int64)
     batch = Batch(
         ids_BT=ids_BT,
         valid_BT=valid_BT,
         supervised_BT=torch.zeros_like(valid_BT),
-        pictures=pictures,
-        picture_row_P=row_P,
-        picture_position_P=position_P,
+        pictures=None,
+        picture_row_P=nowhere,
+        picture_position_P=nowhere,
     )
+    if kind == "picture":
+        ids_BT[1, MEDIUM_AT] = model.config.media_ids["image"]
+        batch.pictures = _picture(model)
+        batch.picture_row_P, batch.picture_position_P = torch.tensor([1]), torch.tensor([MEDIUM_AT - PADDING])
+    elif kind == "recording":
+        assert model.config.speech is not None
+        n_tokens = model.config.speech.n_tokens(N_FRAMES)
+        ids_BT[1, MEDIUM_AT : MEDIUM_AT + n_tokens] = model.config.media_ids["audio"]
+        shape = (1, N_FRAMES, model.config.speech.features.n_mels)
+        batch.mel_ATM = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        batch.n_frames_A = torch.tensor([N_FRAMES])
     return batch.to(model.device)
 
 

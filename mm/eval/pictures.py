@@ -125,8 +125,8 @@ def evaluate(
     return score(answer(model, choose_questions(sources, limit=limit, seed=seed), batch_size=batch_size))
 
 
-def heldout_sources(directory: str | Path) -> list[Source]:
-    """The held-out shards of a folder of `mm data make pictures`, one source per kind.
+def heldout_sources(directory: str | Path, maker: str = "pictures") -> list[Source]:
+    """The held-out shards of a folder of `mm data make {maker}`, one source per kind.
 
     Raises:
         ValueError: there are none.
@@ -134,7 +134,7 @@ def heldout_sources(directory: str | Path) -> list[Source]:
     shards = sorted(Path(directory).glob("heldout-*-*.tar"))
     if not shards:
         raise ValueError(
-            f"shards: {str(directory)!r} has no heldout-*.tar; make them with `mm data make pictures --out {directory}`"
+            f"shards: {str(directory)!r} has no heldout-*.tar; make them with `mm data make {maker} --out {directory}`"
         )
     kinds = dict.fromkeys(shard.stem.removeprefix("heldout-").rpartition("-")[0] for shard in shards)
     return [open_source(Path(directory) / f"heldout-{kind}-*.tar", name=kind) for kind in kinds]

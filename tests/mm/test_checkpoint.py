@@ -345,7 +345,7 @@ def test_tensors_that_do_not_fit_are_named(saved, change, message):
     ("change", "message"),
     [
         ({"imagee": {}}, r"config\.json: unknown key 'imagee'; did you mean 'image'\?"),
-        ({"media_ids": {"image": 999}}, "id 999 of 'image' has no embedding row"),
+        ({"media_ids": {"image": 999, "audio": 321}}, "id 999 of 'image' has no embedding row"),
         ({"chat": 7}, r"config\.json\.chat: expected str, got 7"),
         ({"lm_source": "no such model"}, "'no such model' is no existing path"),
         ({"model_type": "opt"}, "holds a 'opt' model, not 'llama'"),

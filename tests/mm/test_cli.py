@@ -59,7 +59,7 @@ def commands(group: Any, *path: str) -> list[tuple[str, ...]]:
 
 def test_every_command_is_explained_with_an_example_of_itself() -> None:
     paths = commands(get_command(app))
-    assert len(paths) == 12
+    assert len(paths) == 14
     for path in paths:
         text = mm(*path, "--help").output
         assert f"Example: mm {' '.join(path)}" in text, text
@@ -78,8 +78,8 @@ def test_generate_prints_what_the_model_says_about_the_pictures(debug: Multimoda
     seen = set()
     for pictures in ([], [SHAPES], [SHAPES, word]):
         arguments = [argument for picture in pictures for argument in ("--image", picture)]
-        result = mm("generate", "Hello", *arguments, "--model", "debug", "--max-new-tokens", "11")
-        expected = debug.generate("Hello", image=pictures or None, max_new_tokens=11)
+        result = mm("generate", "Describe.", *arguments, "--model", "debug", "--max-new-tokens", "11")
+        expected = debug.generate("Describe.", image=pictures or None, max_new_tokens=11)
         assert result.stdout == expected.text + "\n"
         seen.add(result.stdout)
     assert len(seen) == 3  # the pictures matter

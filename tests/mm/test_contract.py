@@ -1,7 +1,8 @@
 """The contract of the whole model, clause by clause, on the debug model with its gates open.
 
-Clauses 5 to 8 belong to streaming modules (there are none yet) and to the trainer: tests/mm/test_trainer.py and
-tests/mm/test_resume.py. Clause 10, full tensors against oracles that no one here wrote, is kept where each part is tested:
+Clause 5 belongs to the streaming modules (tests/speech), clauses 7 and 8 to the trainer: tests/mm/test_trainer.py,
+tests/mm/test_speech_stages.py and tests/mm/test_resume.py. Clause 10, full tensors against oracles that no one here wrote,
+is kept where each part is tested:
 
     transformers Llama, 3.1 RoPE scaling      tests/lm/test_model.py, tests/lm/test_checkpoint.py
     transformers Mllama                       tests/vision/test_mllama.py; with its processor: tests/mm/test_checkpoint.py
@@ -28,8 +29,8 @@ from torch import Tensor
 from lm.config import PRESETS
 from lm.model import KVCache
 from mm.checkpoint import debug_model
-from mm.config import with_image
-from mm.model import MultimodalLlama
+from mm.config import with_parts
+from mm.model import Media, MultimodalLlama
 from mm.processor import Batch
 from mm.stages import part_of
 from vision.tiling import Pictures
@@ -47,15 +48,28 @@ class Picture(NamedTuple):
         return Image.fromarray(pixels)
 
 
-Row = tuple[str | Picture, ...]
+class Recording(NamedTuple):
+    """Noise of this many mel frames, 8 of which are a token; another seed is another recording."""
 
-#: 11, 13 and 5 tokens, each after the token that starts a text. Tiles: 1, then 1 x 3 and 2 x 2 seen together; none; 4 x 1.
+    n_frames: int
+    seed: int = 0
+
+    def open(self) -> tuple[np.ndarray, int]:
+        return np.random.default_rng(self.seed).uniform(-0.5, 0.5, 160 * self.n_frames).astype(np.float32), 16_000
+
+
+Medium = Picture | Recording
+Row = tuple[str | Medium, ...]
+
+#: 13, 17 and 11 tokens, with the one that starts a text. Tiles: 1, then 1 x 3 and 2 x 2 seen together; none; 4 x 1.
+#: A recording is a start token, 2, 3 or 2 audio tokens, and an end token.
 ROWS: tuple[Row, ...] = (
-    ("ab", Picture(29, 23), "cde", Picture(83, 27), Picture(53, 59), "fg"),
-    ("hijklmnopqrs",),
-    (Picture(23, 113), "tuv"),
+    ("ab", Picture(29, 23), "c", Picture(83, 27), Picture(53, 59), "d", Recording(13), "e"),
+    ("hijklmnopqrstuvw",),
+    (Picture(23, 113), "t", Recording(19), "uvw"),
 )
-PLACES = ((0, 1), (0, 3), (0, 4), (2, 0))  # of the pictures: row and part
+PICTURES = ((0, 1), (0, 3), (0, 4), (2, 0))  # row and part
+RECORDINGS = ((0, 6), (2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +80,9 @@ def model() -> MultimodalLlama:
 def batch_of(model: MultimodalLlama, *rows: Row, pad_side: str = "left") -> Batch:
     def sample(row: Row):
         parts = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.open()}
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {(kind := "image" if isinstance(part, Picture) else "audio"): part.open(), "type": kind}
             for part in row
         ]
         messages = [{"role": "user", "content": parts}]
@@ -115,10 +131,10 @@ def test_1_text_is_bit_identical_to_the_bare_lm(any_adapters, pad_side):
 
 
 @pytest.mark.parametrize("pad_side", ["left", "right"])
-def test_1_a_text_row_among_pictures_is_bit_identical_too(any_adapters, pad_side):
+def test_1_a_text_row_among_media_is_bit_identical_too(any_adapters, pad_side):
     """Clause 1: nor do the media of other rows reach it."""
     logits, batch = logits_of(any_adapters, *ROWS, pad_side=pad_side)
-    known_BT = batch.ids_BT.clamp(max=any_adapters.lm.config.vocab_size - 1)  # the bare table has no image token
+    known_BT = batch.ids_BT.clamp(max=any_adapters.lm.config.vocab_size - 1)  # the bare table has no media tokens
     bare = any_adapters.lm(known_BT, valid_BS=batch.valid_BS)
     assert torch.equal(logits[1], bare[1])
     assert not torch.equal(logits[0], bare[0])
@@ -127,10 +143,10 @@ def test_1_a_text_row_among_pictures_is_bit_identical_too(any_adapters, pad_side
 # ------------------------------------------------------------------------------------------------------------- clause 2
 
 
-def replaced(k: int, picture: Picture) -> list[Row]:
-    """`ROWS` with another picture k."""
-    rows, (row, part) = list(ROWS), PLACES[k]
-    rows[row] = (*ROWS[row][:part], picture, *ROWS[row][part + 1 :])
+def replaced(place: tuple[int, int], medium: Medium) -> list[Row]:
+    """`ROWS` with another medium at a row and part."""
+    rows, (row, part) = list(ROWS), place
+    rows[row] = (*ROWS[row][:part], medium, *ROWS[row][part + 1 :])
     return rows
 
 
@@ -142,23 +158,39 @@ def tokens_from(batch: Batch, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["other pixels", "other grid"])
-@pytest.mark.parametrize("k", range(len(PLACES)))
+@pytest.mark.parametrize("k", range(len(PICTURES)))
 def test_2_a_picture_changes_exactly_what_follows_it(model, k, turned):
     """Clause 2: earlier tokens and other rows stay as they were, bit for bit."""
-    row, part = PLACES[k]
+    row, part = PICTURES[k]
     old = ROWS[row][part]
     new = Picture(old.height, old.width, 1) if turned else old._replace(seed=1)
-    (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(k, new))
+    (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(PICTURES[k], new))
     assert torch.equal((before != after).any(-1), tokens_from(batch, k))
 
 
-@pytest.mark.parametrize("k", range(len(PLACES)))
+@pytest.mark.parametrize("k", range(len(PICTURES)))
 def test_2_a_picture_of_more_tiles_changes_only_what_follows_it(model, k):
     """Clause 2, to rounding: more tiles make the batch's memory longer, as more tokens make its rows longer."""
-    (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(k, Picture(61, 211)))
+    (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(PICTURES[k], Picture(61, 211)))
     follows_BT = tokens_from(batch, k)
     assert_close(after[~follows_BT], before[~follows_BT])
     assert (before - after)[follows_BT].abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("pad_side", ["left", "right"])
+@pytest.mark.parametrize(("row", "part"), RECORDINGS)
+def test_2_a_recording_changes_exactly_what_follows_it(model, row, part, pad_side):
+    """Clause 2: from its first audio token on; earlier tokens and other rows stay as they were, bit for bit."""
+    others = replaced((row, part), ROWS[row][part]._replace(seed=1))
+    (before, batch), (after, _) = (
+        logits_of(model, *ROWS, pad_side=pad_side),
+        logits_of(model, *others, pad_side=pad_side),
+    )
+    heard_BT = (batch.ids_BT == model.config.media_ids["audio"]).cumsum(-1) > 0
+    heard_BT &= batch.valid_BT & (torch.arange(len(heard_BT)) == row)[:, None]
+    assert 0 < heard_BT.sum() < batch.valid_BT[row].sum()
+    changed_BT = (before != after).any(-1)
+    assert torch.equal(changed_BT & batch.valid_BT, heard_BT)
 
 
 def test_2_a_row_that_sees_nothing_makes_no_nan():
@@ -174,31 +206,35 @@ def test_2_a_row_that_sees_nothing_makes_no_nan():
 
 # ------------------------------------------------------------------------------------------------------------- clause 3
 
-LENGTH = 13
+LENGTH = 17
 CUTS = {
     **{f"{i} and steps": [i, *range(i + 1, LENGTH)] for i in range(1, LENGTH)},
     **{f"{i} and the rest": [i] for i in range(1, LENGTH)},
     "only steps": list(range(1, LENGTH)),
-    "chunks of 5": [5, 10],
+    "chunks of 5": [5, 10, 15],
 }
 
 
 @torch.no_grad()
 def logits_in_chunks(model: MultimodalLlama, batch: Batch, cuts: list[int]) -> Tensor:
-    """Logits of a batch that is fed piece by piece; pictures are encoded once."""
+    """Logits of a batch that is fed piece by piece; media are encoded once."""
     n_rows, n_tokens = batch.ids_BT.shape
-    memory, cache = model.encode_media(batch), KVCache(model.config.lm, n_rows, n_tokens)
+    media, cache = model.encode_media(batch), KVCache(model.config.lm, n_rows, n_tokens)
+    audio_BT = batch.ids_BT == model.config.media_ids["audio"]
+    order_BT = audio_BT.flatten().cumsum(0).view_as(audio_BT) - 1  # of the audio tokens among all
     chunks = []
     for start, end in pairwise([0, *cuts, n_tokens]):
         valid_BS = None if batch.valid_BS is None else batch.valid_BT[:, :end]
-        chunks.append(model.decode(batch.ids_BT[:, start:end], valid_BS=valid_BS, memory=memory, cache=cache))
+        heard_K = order_BT[:, start:end][audio_BT[:, start:end]]
+        now = Media(media.memory, media.speech_KD[heard_K])
+        chunks.append(model.decode(batch.ids_BT[:, start:end], valid_BS=valid_BS, media=now, cache=cache))
     return model.lm.logits(torch.cat(chunks, dim=1))
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("rows", [ROWS, ((*ROWS[0], "wx"),)], ids=["left-padded", "unpadded"])
+@pytest.mark.parametrize("rows", [ROWS, ((*ROWS[0], "wxyz"),)], ids=["left-padded", "unpadded"])
 def test_3_prefill_and_steps_equal_the_full_forward(model, rows, cuts):
-    """Clause 3: at every split point, with pictures, left padding and a prefill in chunks."""
+    """Clause 3: at every split point, with pictures and recordings, left padding and a prefill in chunks."""
     whole, batch = logits_of(model, *rows)
     assert batch.ids_BT.shape[1] == LENGTH
     pieces = logits_in_chunks(model, batch, cuts)
@@ -229,11 +265,34 @@ def test_4_tile_padding_changes_nothing(model):
 
 
 @torch.no_grad()
+def test_4_what_is_in_the_padding_of_recordings_changes_nothing(model):
+    """Clause 4: bit for bit; to rounding when there is more of it."""
+    batch = batch_of(model, *ROWS)
+    assert batch.n_frames_A.tolist() == [13, 19]
+    junk = batch.mel_ATM.clone()
+    junk[0, 13:] = torch.nan
+    assert torch.equal(model(dataclasses.replace(batch, mel_ATM=junk)), model(batch))
+    more = torch.nn.functional.pad(junk, (0, 0, 0, 11), value=torch.nan)
+    assert_close(model(dataclasses.replace(batch, mel_ATM=more))[batch.valid_BT], model(batch)[batch.valid_BT])
+
+
+@torch.no_grad()
 def test_4_the_ids_at_padding_change_nothing(model):
     """Clause 4: bit for bit."""
     batch = batch_of(model, *ROWS)
     other = dataclasses.replace(batch, ids_BT=batch.ids_BT.where(batch.valid_BT, 7))
     assert torch.equal(model(other)[batch.valid_BT], model(batch)[batch.valid_BT])
+
+
+def test_3_a_recording_takes_as_many_tokens_as_embeddings_come_out(model):
+    """What the clauses rest on: 80 ms each, and what is left over counts as one."""
+    speech = model.config.speech
+    for n_frames in (10, 13, 16, 17, 24, 31):
+        batch = batch_of(model, ("a", Recording(n_frames), "b"))
+        n_tokens = int((batch.ids_BT == model.config.media_ids["audio"]).sum())
+        assert n_tokens == -(-n_frames // 8) == speech.n_tokens(n_frames) == len(model.encode_speech(batch))
+        start = batch.ids_BT[0].tolist().index(speech.start_id)
+        assert batch.ids_BT[0, start + 1 + n_tokens] == speech.end_id
 
 
 # ------------------------------------------------------------------------------------------------------------- clause 9
@@ -253,17 +312,17 @@ ADAPTER_SIZES = {
 
 
 @cache
-def sizes(lm: str, image: str) -> Counter[str]:
+def sizes(lm: str, preset: str) -> Counter[str]:
     """Parameters of each part of a whole model, and of its projection."""
     with torch.device("meta"):
-        model = MultimodalLlama(with_image(PRESETS[lm](), image, chat="llama3"))
+        model = MultimodalLlama(with_parts(PRESETS[lm](), image=preset, speech=preset, chat="llama3"))
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        counts["projection" if ".projection." in name else part_of(name)] += parameter.numel()
+        counts["projection" if name.startswith("image_adapter.projection.") else part_of(name)] += parameter.numel()
     return counts
 
 
-def test_9_every_preset_takes_the_papers_image_part():
+def test_9_every_preset_takes_the_papers_parts():
     """Clause 9: they build on the meta device, with the paper's counts."""
     assert ADAPTER_SIZES.keys() == PRESETS.keys() and len(PRESETS) == 9
     for lm, n_blocks in ADAPTER_SIZES.items():
@@ -271,13 +330,22 @@ def test_9_every_preset_takes_the_papers_image_part():
         assert counts["image_adapter"] == n_blocks
         assert counts["projection"] == (7680 + 1) * PRESETS[lm]().dim
         assert counts["vit"] == pytest.approx(630e6, rel=0.002)
+        assert counts["speech_encoder"] == pytest.approx(1.001e9, rel=0.002)
+        assert counts["speech_adapter"] == 89_665_536 + (3072 + 1) * PRESETS[lm]().dim
+
+
+@pytest.mark.parametrize("lm", ["llama3-8b", "llama3-70b"])
+def test_9_the_speech_adapter_is_about_100m(lm):
+    """Clause 9."""
+    assert sizes(lm, "paper")["speech_adapter"] == pytest.approx(100e6, rel=0.15)
 
 
 @pytest.mark.parametrize("lm", ["llama3-8b", "llama3-70b"])
 def test_9_encoder_gated_layers_and_projection_are_850m(lm):
     """Clause 9."""
     counts = sizes(lm, "paper")
-    assert counts["lm"] == {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}[lm] + PRESETS[lm]().dim
+    assert counts["lm"] == {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}[lm]
+    assert counts["new_tokens"] == 4 * PRESETS[lm]().dim  # picture, speech, its start and end
     assert counts["vit"] + counts["gated_layers"] + counts["projection"] == pytest.approx(850e6, rel=0.03)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -31,10 +32,24 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 WIDE, SMALL, TALL = noise(83, 27), noise(19, 23), noise(28, 113)
 
 
+def chirp(hertz: float, seconds: float) -> np.ndarray:
+    """A rising tone at 16 kHz, in 16 bits, as a file holds it."""
+    time = np.arange(round(16_000 * seconds)) / 16_000
+    return np.round(9000 * np.sin(2 * np.pi * hertz * (1 + time) * time)).astype(np.int16)
+
+
+LOW, HIGH = chirp(170, 0.31), chirp(1900, 0.53)
+
+
 def turn(*content: Any) -> list[dict[str, Any]]:
-    """A user's turn of texts and pictures."""
-    parts = [{"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c} for c in content]
-    return [{"role": "user", "content": parts}]
+    """A user's turn of texts, pictures and recordings at 16 kHz."""
+
+    def part(c: Any) -> dict[str, Any]:
+        if isinstance(c, np.ndarray):
+            return {"type": "audio", "audio": (c, 16_000)}
+        return {"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c}
+
+    return [{"role": "user", "content": [part(c) for c in content]}]
 
 
 # -------------------------------------------------------------------------------------------------- calling conventions
@@ -62,6 +77,30 @@ def test_a_picture_may_come_in_any_form(model, tmp_path):
         assert model.generate("What?", image=source, **SAMPLED) == expected
 
 
+def test_recordings_come_after_pictures_and_before_the_text(model):
+    low, high = (LOW, 16_000), (HIGH, 16_000)
+    expected = model.generate(messages=turn(WIDE, LOW, HIGH, "What?"), **SAMPLED)
+    assert model.generate("What?", image=WIDE, audio=[low, high], **SAMPLED) == expected
+    others = [{"audio": [high, low], "image": WIDE}, {"audio": low, "image": WIDE}, {"audio": [low, high]}]
+    answers = [expected, *(model.generate("What?", **media, **SAMPLED) for media in others)]
+    assert len({tuple(answer.tokens) for answer in answers}) == 4
+
+
+def test_a_recording_alone_is_a_spoken_question(model):
+    assert model.generate(audio=(LOW, 16_000), **SAMPLED) == model.generate(messages=turn(LOW), **SAMPLED)
+
+
+def test_a_recording_may_come_in_any_form(model, tmp_path):
+    expected = model.generate("What?", audio=(LOW, 16_000), **SAMPLED)
+    soundfile.write(tmp_path / "a.wav", LOW, 16_000)
+    soundfile.write(tmp_path / "a.flac", LOW, 16_000)
+    data = (tmp_path / "a.flac").read_bytes()
+    floats = torch.from_numpy(LOW / np.float32(32768))
+    stereo = np.stack([LOW, LOW])
+    for source in (tmp_path / "a.wav", str(tmp_path / "a.flac"), data, (floats, 16_000), (stereo, 16_000)):
+        assert model.generate("What?", audio=source, **SAMPLED) == expected
+
+
 def test_earlier_turns_are_remembered(model):
     history = [*turn(WIDE, "What?"), {"role": "assistant", "content": "A cat."}]
     answers = [model.generate(messages=[*history[:n], *turn("And?")], **SAMPLED).tokens for n in range(3)]
@@ -82,8 +121,10 @@ def test_plain_style_continues_without_roles(model):
 def test_each_row_of_a_batch_equals_the_row_run_alone(model, sampling):
     prompts = ["What is in the picture?", "Hi", "Compare.", "Count to seven, slowly."]
     images = [WIDE, None, [SMALL, TALL], [TALL]]
-    together = model.generate(prompts, image=images, **sampling)
-    assert together == [model.generate(p, image=i, **sampling) for p, i in zip(prompts, images, strict=True)]
+    clips = [None, (HIGH, 16_000), None, [(LOW, 16_000), (HIGH, 16_000)]]
+    together = model.generate(prompts, image=images, audio=clips, **sampling)
+    rows = zip(prompts, images, clips, strict=True)
+    assert together == [model.generate(p, image=i, audio=a, **sampling) for p, i, a in rows]
     assert len({tuple(answer.tokens) for answer in together}) > 1
 
 
@@ -110,7 +151,7 @@ def test_a_batch_of_one_is_a_list(model):
 # -------------------------------------------------------------------------------------------------------------- stream
 
 
-@pytest.mark.parametrize("content", [("Hi",), (WIDE, "What?")], ids=["text", "picture"])
+@pytest.mark.parametrize("content", [("Hi",), (WIDE, "What?"), (LOW,)], ids=["text", "picture", "speech"])
 def test_the_pieces_of_a_stream_are_the_answer(model, content):
     expected = model.generate(messages=turn(*content), **SAMPLED)
     *deltas, done = model.stream(turn(*content), **SAMPLED)
@@ -183,15 +224,21 @@ def test_an_answer_ends_at_a_stop_string(model):
     [
         ({}, "give either a prompt or messages"),
         ({"prompt": "Hi", "messages": turn("Hi")}, "give either a prompt or messages"),
-        ({"messages": turn("Hi"), "image": WIDE}, "put the text and the pictures into their content"),
+        ({"messages": turn("Hi"), "image": WIDE}, "put the text and the media into their content"),
         ({"messages": []}, "messages: there are none"),
         ({"prompt": []}, "prompt: the batch is empty"),
         ({"prompt": ["a", "b"], "image": WIDE}, "image: a batch of 2 prompts needs a list"),
         ({"prompt": ["a", "b"], "image": [WIDE]}, "image: a batch of 2 prompts needs a list"),
         ({"prompt": "Hi", "temprature": 1}, "unknown option 'temprature'; sampling options are max_new_tokens"),
         ({"prompt": "Hi", "temperature": -1}, "temperature must be 0"),
-        ({"prompt": "Hi", "audio": "a.wav"}, "unknown option 'audio'"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]}, "takes no audio"),
+        ({"prompt": "Hi", "video": "a.mp4"}, "unknown option 'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "takes no video"),
+        ({"prompt": ["a", "b"], "audio": "a.wav"}, "audio: a batch of 2 prompts needs a list"),
+        ({"audio": "nowhere.wav"}, "audio: there is no file 'nowhere.wav'"),
+        ({"audio": b"noise"}, "audio: the given data is no audio"),
+        ({"audio": (np.zeros(7, np.float32), 16_000)}, r"audio: the waveform is only 0.000 s long"),
+        ({"audio": (np.full(3200, np.nan, np.float32), 16_000)}, "audio: the waveform has NaN"),
+        ({"audio": 7}, "audio: cannot read a int"),
         ({"messages": [{"role": "king", "content": "Hi"}]}, "role 'king' is not one of"),
     ],
 )
@@ -220,6 +267,8 @@ def test_a_text_model_refuses_pictures(model):
     assert len(text_only.generate("Hi", **SAMPLED).tokens) == SAMPLED["max_new_tokens"]
     with pytest.raises(ValueError, match="this model takes no image; it takes text only"):
         text_only.generate("What?", image=WIDE)
+    with pytest.raises(ValueError, match="this model takes no audio; it takes text only"):
+        text_only.generate("What?", audio=(LOW, 16_000))
     with pytest.raises(ValueError, match="image: this model has no image part"):
         text_only.encode_media(model.processor.collate([model.processor.encode(turn(WIDE))]))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lm.config import PRESETS, LlamaConfig, RopeScaling
-from mm.config import IMAGE_PRESETS, MultimodalConfig, from_mapping, with_image
+from mm.config import IMAGE_PRESETS, SPEECH_PRESETS, MultimodalConfig, add_speech, from_mapping, with_parts
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -17,22 +17,33 @@ def plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-@pytest.mark.parametrize("image", IMAGE_PRESETS)
+@pytest.mark.parametrize("name", IMAGE_PRESETS)
 @pytest.mark.parametrize("lm", ["debug", "llama3-8b", "llama3.2-1b"])
-def test_json_gives_back_the_same_configuration(lm, image):
-    config = with_image(PRESETS[lm](), image, chat="llama3", lm_source="some/where")
+def test_json_gives_back_the_same_configuration(lm, name):
+    config = with_parts(PRESETS[lm](), image=name, speech=name, chat="llama3", lm_source="some/where")
     assert from_mapping(MultimodalConfig, plain(config)) == config
 
 
 def test_the_image_token_is_the_first_row_beside_the_table():
-    config = with_image(PRESETS["debug"](), "debug", chat="chatml")
+    config = with_parts(PRESETS["debug"](), image="debug", chat="chatml")
     assert (config.media_ids, config.n_new_tokens) == ({"image": 320}, 1)
     assert config.image.adapter.lm_dim == config.lm.dim
     assert config.image.adapter.feature_dim == config.image.encoder.feature_dim
 
 
+def test_ears_bring_three_rows_which_come_after_what_is_there():
+    config = with_parts(PRESETS["debug"](), image="debug", speech="debug", chat="chatml")
+    assert (config.media_ids, config.n_new_tokens) == ({"image": 320, "audio": 321}, 4)
+    assert (config.speech.start_id, config.speech.end_id) == (322, 323)
+    assert config.speech.adapter.lm_dim == config.lm.dim
+    assert config.speech.adapter.encoder_dim == config.speech.encoder.dim
+    assert config.speech.features.n_mels == config.speech.encoder.n_mels
+    assert [config.speech.n_tokens(n) for n in (1, 8, 9, 6000)] == [1, 1, 2, 750]  # 60 s are 750 tokens (8.2.1)
+    assert add_speech(with_parts(PRESETS["debug"](), image="debug", chat="chatml"), "debug") == config
+
+
 LM = plain(PRESETS["llama3.2-1b"]())
-WHOLE = plain(with_image(PRESETS["debug"](), "debug", chat="chatml"))
+WHOLE = plain(with_parts(PRESETS["debug"](), image="debug", speech="debug", chat="chatml"))
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -66,7 +77,10 @@ def nested(path: str, value: Any) -> dict[str, Any]:
         ("image.adapter.layers", [1, "3"], r"the file.image.adapter.layers\[1\]: expected int, got '3'"),
         ("media_ids", [320], "the file.media_ids: expected a mapping"),
         ("media_ids.image", "320", "the file.media_ids.image: expected int"),
-        ("media_ids.image", 321, "id 321 of 'image' has no embedding row"),
+        ("media_ids.image", 324, "id 324 of 'image' has no embedding row"),
+        ("speech.end_id", 324, "id 324 of 'end_id' has no embedding row"),
+        ("speech.encoder.stak", 4, "the file.speech.encoder: unknown key 'stak'; did you mean 'stack'"),
+        ("media_ids.audio", ..., "media_ids: a model with a speech part needs the id of its audio token"),
         ("media_ids", {}, "media_ids: a model with an image part needs the id of its image token"),
         ("lm.n_kv_heads", 5, "n_heads 6 must be a multiple of n_kv_heads 5"),
     ],
@@ -87,6 +101,9 @@ def test_nested_and_optional_parts():
     assert from_mapping(MultimodalConfig, {"lm": LM, "chat": "llama3"}).image is None
 
 
-def test_an_unknown_image_part_names_the_known_ones():
+def test_an_unknown_part_names_the_known_ones():
     with pytest.raises(ValueError, match="image preset 'huge' is unknown; choose one of debug, bundled, paper"):
-        with_image(PRESETS["debug"](), "huge", chat="chatml")
+        with_parts(PRESETS["debug"](), image="huge", chat="chatml")
+    assert SPEECH_PRESETS.keys() == IMAGE_PRESETS.keys()
+    with pytest.raises(ValueError, match="speech preset 'huge' is unknown; choose one of debug, bundled, paper"):
+        with_parts(PRESETS["debug"](), speech="huge", chat="chatml")

@@ -8,15 +8,19 @@ from torch import nn
 
 from mm.checkpoint import debug_model
 from mm.stages import STAGES, LearningRates, apply, part_of
+from speech.bestrq import BestRQ, BestRQConfig
+from speech.conformer import PRESETS as CONFORMERS
+from speech.conformer import Conformer
+from speech.ctc import CTCProbe
 from vision.contrastive import ContrastiveModel, TextTowerConfig
 from vision.encoder import PRESETS, ImageEncoder
 
-RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, contrastive_head=4e-3)
+RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3)
 TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
 
-#: Section 7.4 and 7.5.2: the language model never trains; eyes do in every stage; the adapter from the second on.
+#: Sections 7.4, 7.5.2 and 8.3.1: the language model never trains; encoders do in every stage; adapters where text is the target.
 MATRIX = {
-    "image-encoder": {"stem", "vit", "contrastive_head"},
+    "image-encoder": {"stem", "vit", "head"},
     "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
@@ -26,6 +30,10 @@ MATRIX = {
 def model_of(stage: str) -> nn.Module:
     if stage == "image-encoder":
         return ContrastiveModel(ImageEncoder(PRESETS["debug"]()), TEXT)
+    if stage == "speech-encoder":
+        return BestRQ(Conformer(CONFORMERS["debug"]()), BestRQConfig(n_codebooks=2, codebook_size=7, code_dim=3))
+    if stage == "speech-ctc":
+        return CTCProbe(Conformer(CONFORMERS["debug"]()))
     return debug_model()
 
 
@@ -99,6 +107,6 @@ def test_a_hybrid_encoders_stem_is_a_group_of_its_own() -> None:
 
 def test_a_stage_in_which_nothing_trains_is_refused() -> None:
     with pytest.raises(ValueError, match="learning rate 0"):
-        apply(STAGES["image-sft"], debug_model(), LearningRates(contrastive_head=1.0))
+        apply(STAGES["image-sft"], debug_model(), LearningRates(head=1.0))
     with pytest.raises(ValueError, match=r"lr\.gates must not be negative"):
         LearningRates(gates=-1.0)

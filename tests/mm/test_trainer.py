@@ -248,7 +248,7 @@ def test_the_four_stages_follow_each_other_through_their_scripts(
     stages: dict[str, dict[str, Any]] = {
         "image-encoder": {
             "model": {"encoder": "debug", "text": {"width": 24, "n_layers": 1, "n_heads": 3, "embed_dim": 20}},
-            "optim": {"steps": 2, "batch_size": 4, "lr": {"encoder": 1e-3, "contrastive_head": 1e-3}},
+            "optim": {"steps": 2, "batch_size": 4, "lr": {"encoder": 1e-3, "head": 1e-3}},
         },
         "image-adapter": {
             "model": {"lm": "debug", "image": "debug", "encoder": str(tmp_path / "image-encoder" / "export")},

@@ -28,7 +28,12 @@ def failed(checks: list[Check]) -> list[str]:
 
 def test_a_whole_model_passes(debug: MultimodalLlama) -> None:
     checks = check_model(debug)
-    assert [check.name for check in checks] == ["strict keys", "text parity", "text parity beside pictures"]
+    assert [check.name for check in checks] == [
+        "strict keys",
+        "text parity",
+        "text parity beside pictures",
+        "text parity beside recordings",
+    ]
     assert not failed(checks)
 
 
@@ -38,7 +43,7 @@ def test_a_language_model_alone_passes() -> None:
 
 def test_an_adapter_that_touches_text_is_caught(debug: MultimodalLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debug, "adapters", lambda memory, position_BT: {3: lambda h_BTD: h_BTD + 1e-3})
-    assert failed(check_model(debug)) == ["text parity", "text parity beside pictures"]
+    assert failed(check_model(debug)) == ["text parity", "text parity beside pictures", "text parity beside recordings"]
 
 
 def test_a_picture_that_reaches_back_is_caught(debug: MultimodalLlama, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +51,18 @@ def test_a_picture_that_reaches_back_is_caught(debug: MultimodalLlama, monkeypat
     everywhere = torch.full((2, 23), 8)  # every token of both rows claims to stand after the picture
     monkeypatch.setattr(debug, "adapters", lambda memory, position_BT: bind(memory, everywhere))
     assert failed(check_model(debug)) == ["text parity beside pictures"]
+
+
+def test_a_recording_that_reaches_another_row_is_caught(
+    debug: MultimodalLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = debug.embed
+
+    def everywhere(ids_BT: torch.Tensor, speech_KD: torch.Tensor | None = None) -> torch.Tensor:
+        return embed(ids_BT, speech_KD) + (0 if speech_KD is None else speech_KD.mean())
+
+    monkeypatch.setattr(debug, "embed", everywhere)
+    assert failed(check_model(debug)) == ["text parity beside recordings"]
 
 
 def test_broken_numbers_are_named(debug: MultimodalLlama) -> None:
@@ -65,8 +82,8 @@ def test_a_changed_language_model_is_named() -> None:
 
 def test_the_command_says_all_in_plain_words_and_ends_with_zero() -> None:
     result = CliRunner().invoke(app, ["verify", "debug"])
-    assert result.exit_code == 0 and "all 13 checks passed" in result.stdout
-    assert result.stdout.count("pass  ") == 13
+    assert result.exit_code == 0 and "all 16 checks passed" in result.stdout
+    assert result.stdout.count("pass  ") == 16
 
 
 def test_the_command_ends_with_one_and_names_the_missing_tensor(debug: MultimodalLlama, tmp_path: Path) -> None:
@@ -76,7 +93,7 @@ def test_the_command_ends_with_one_and_names_the_missing_tensor(debug: Multimoda
     del tensors["image_adapter.projection.bias"]
     save_file(tensors, file)
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
-    assert result.exit_code == 1 and "1 of 11 checks failed" in result.stdout
+    assert result.exit_code == 1 and "1 of 13 checks failed" in result.stdout
     assert "FAIL  strict keys" in result.stdout and "image_adapter.projection.bias" in result.stdout
 
 
@@ -85,10 +102,10 @@ def test_a_source_that_does_not_load_is_a_failed_check() -> None:
 
 
 def test_parts_add_up_and_the_papers_numbers_hold() -> None:
-    model = preset_model("smollm2-135m", "bundled")
+    model = preset_model("smollm2-135m", "bundled", "bundled")
     assert sum(count_parts(model).values()) == sum(p.numel() for p in model.parameters())
     claims = paper_claims()
-    assert len(claims) == len(check_counts()) == 10
+    assert len(claims) == len(check_counts()) == 12
     assert [claim.what for claim in claims if not claim.holds] == []
 
 
