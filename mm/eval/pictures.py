@@ -6,11 +6,10 @@ picture of the same kind. A model that looks is right in the first condition onl
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,7 +20,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from data.images import load_image
-from data.shards import Sample, Source, open_source
+from data.shards import Sample, Source
+from mm.eval.files import heldout_sources, write_report
 from mm.eval.metrics import Estimate, metrics_of
 from mm.sheet import COLUMNS, Shown, contact_sheet
 
@@ -96,14 +96,10 @@ def main(
     """
     from mm.model import MultimodalLlama
 
-    questions = choose_questions(heldout_sources(shards), limit=limit)
+    questions = choose_questions(heldout_sources(shards, "pictures"), limit=limit)
     answered = answer(MultimodalLlama.from_pretrained(model), questions, batch_size=batch_size)
     results = score(answered)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    report = {"model": str(model), "limit": limit, "results": [asdict(result) for result in results]}
-    (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "predictions.jsonl").write_text("".join(json.dumps(_record(a), ensure_ascii=False) + "\n" for a in answered))
+    out = write_report(out, model=model, limit=limit, results=results, predictions=map(_record, answered))
     _draw(answered, out / "contact-sheet.png")
     Console().print(table(results))
     return results
@@ -123,21 +119,6 @@ def evaluate(
         ValueError: an argument is wrong, or a sample has no questions or no picture.
     """
     return score(answer(model, choose_questions(sources, limit=limit, seed=seed), batch_size=batch_size))
-
-
-def heldout_sources(directory: str | Path, maker: str = "pictures") -> list[Source]:
-    """The held-out shards of a folder of `mm data make {maker}`, one source per kind.
-
-    Raises:
-        ValueError: there are none.
-    """
-    shards = sorted(Path(directory).glob("heldout-*-*.tar"))
-    if not shards:
-        raise ValueError(
-            f"shards: {str(directory)!r} has no heldout-*.tar; make them with `mm data make {maker} --out {directory}`"
-        )
-    kinds = dict.fromkeys(shard.stem.removeprefix("heldout-").rpartition("-")[0] for shard in shards)
-    return [open_source(Path(directory) / f"heldout-{kind}-*.tar", name=kind) for kind in kinds]
 
 
 def choose_questions(sources: Sequence[Source], *, limit: int, seed: int = 0) -> list[Question]:

@@ -8,12 +8,11 @@ what its language model says to the words. Both are also done without the record
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +24,9 @@ from tqdm import tqdm
 
 from data.audio import load_audio
 from data.shards import Sample, Source
+from mm.eval.files import heldout_sources, write_report
 from mm.eval.metrics import Estimate, contains_answer, exact_match, proportion, recognition_errors
-from mm.eval.pictures import SLACK, heldout_sources
+from mm.eval.pictures import SLACK
 from mm.languages import asr_prompt, find_language
 from speech.features import FeaturesConfig, LogMel
 
@@ -140,14 +140,10 @@ def main(
     """
     from mm.model import MultimodalLlama
 
-    utterances = choose_utterances(heldout_sources(shards, maker="speech"), limit=limit)
+    utterances = choose_utterances(heldout_sources(shards, "speech"), limit=limit)
     answered = answer(MultimodalLlama.from_pretrained(model), utterances, batch_size=batch_size)
     results = score(answered)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    report = {"model": str(model), "limit": limit, "results": [asdict(result) for result in results]}
-    (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "predictions.jsonl").write_text("".join(json.dumps(_record(a), ensure_ascii=False) + "\n" for a in answered))
+    out = write_report(out, model=model, limit=limit, results=results, predictions=map(_record, answered))
     draw(answered, out / "examples.png")
     Console().print(table(results))
     return results

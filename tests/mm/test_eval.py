@@ -18,6 +18,7 @@ from data.shards import write_shard
 from lm.generate import generate_text
 from lm.sampling import SamplingParams
 from mm.checkpoint import debug_model
+from mm.eval.files import heldout_sources
 from mm.eval.metrics import (
     Z_95,
     Estimate,
@@ -37,7 +38,6 @@ from mm.eval.pictures import (
     choose_questions,
     derangement,
     evaluate,
-    heldout_sources,
     main,
     score,
     table,
@@ -163,7 +163,7 @@ def test_derangement_moves_everything(n: int) -> None:
 
 
 def test_who_looks_is_right_with_the_right_picture_only(shards: Path) -> None:
-    results = {r.task: r for r in evaluate(Photometer(), heldout_sources(shards), batch_size=4)}  # type: ignore[arg-type]
+    results = {r.task: r for r in evaluate(Photometer(), heldout_sources(shards, "pictures"), batch_size=4)}  # type: ignore[arg-type]
     assert set(results) == {"greys-level", "greys-sky", "blues-level", "blues-sky"}
     assert [results["greys-level"].n, results["blues-level"].n] == [N_GREY, N_BLUE]
     for kind, guess in (("greys", 1 / N_GREY), ("blues", 0)):  # one grey has the brightness 3 that it guesses
@@ -173,7 +173,7 @@ def test_who_looks_is_right_with_the_right_picture_only(shards: Path) -> None:
 
 
 def test_pictures_are_shuffled_within_their_kind(shards: Path) -> None:
-    questions = choose_questions(heldout_sources(shards), limit=100)
+    questions = choose_questions(heldout_sources(shards, "pictures"), limit=100)
     for kind in ("greys", "blues"):
         mine = [q for q in questions if q.kind == kind]
         pictures = {q.picture for q in mine}
@@ -181,7 +181,7 @@ def test_pictures_are_shuffled_within_their_kind(shards: Path) -> None:
 
 
 def test_choice_is_limited_and_depends_on_the_seed_alone(shards: Path) -> None:
-    sources = heldout_sources(shards)
+    sources = heldout_sources(shards, "pictures")
     questions = choose_questions(sources, limit=5)
     assert len(questions) == len(set(questions)) == 4 * 5
     assert questions == choose_questions(sources, limit=5)
@@ -189,7 +189,7 @@ def test_choice_is_limited_and_depends_on_the_seed_alone(shards: Path) -> None:
 
 
 def test_batches_hold_one_task_and_allow_its_longest_answer(shards: Path) -> None:
-    model, questions = Photometer(), choose_questions(heldout_sources(shards), limit=100)
+    model, questions = Photometer(), choose_questions(heldout_sources(shards, "pictures"), limit=100)
     answered = answer(model, questions, batch_size=4)  # type: ignore[arg-type]
     assert [a.question for a in answered] == questions
     # The debug tokenizer has a token per byte: blues say "106", "No."; greys "10", "No.". Each batch comes three times.
@@ -208,7 +208,7 @@ def test_words_and_stamps_have_their_own_metrics(tmp_path: Path) -> None:
             {"__key__": f"{i}", "png": png((i, i, i)), "txt": "-", "json": {"questions": asked}} for i in range(3)
         )
         write_shard(tmp_path / f"heldout-{kind}-0000.tar", samples)
-    answered = answer(Photometer(), choose_questions(heldout_sources(tmp_path), limit=3), batch_size=3)  # type: ignore[arg-type]
+    answered = answer(Photometer(), choose_questions(heldout_sources(tmp_path, "pictures"), limit=3), batch_size=3)  # type: ignore[arg-type]
     results = {(r.task, r.metric): r.picture.value for r in score(answered)}
     assert results == {
         ("stamps", "exact"): 0, ("stamps", "token F1"): 0, ("words", "CER"): 1, ("words", "exact"): 0,
@@ -249,7 +249,7 @@ def test_main_writes_the_same_files_every_time(
 def test_without_a_picture_the_language_model_answers_alone(shards: Path) -> None:
     """The random model's gates are open, so its answers show whether a picture reached it."""
     model = debug_model()
-    questions = [q for q in choose_questions(heldout_sources(shards), limit=2) if "sky" in q.task]
+    questions = [q for q in choose_questions(heldout_sources(shards, "pictures"), limit=2) if "sky" in q.task]
     processor = model.processor
     prompts = [processor.tokenize(q.messages("no_picture"), add_generation_prompt=True).ids for q in questions]
     params = SamplingParams(max_new_tokens=len("No.") + SLACK)
@@ -260,7 +260,7 @@ def test_without_a_picture_the_language_model_answers_alone(shards: Path) -> Non
 
 
 def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
-    sources = heldout_sources(shards)
+    sources = heldout_sources(shards, "pictures")
     with pytest.raises(ValueError, match="limit"):
         choose_questions(sources, limit=0)
     with pytest.raises(ValueError, match="batch_size"):
@@ -284,7 +284,7 @@ def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
 def test_unsuitable_shards_are_named(tmp_path: Path, samples: list[dict[str, Any]], complaint: str) -> None:
     write_shard(tmp_path / "heldout-odd-0000.tar", samples)
     with pytest.raises(ValueError, match=complaint):
-        choose_questions(heldout_sources(tmp_path), limit=1)
+        choose_questions(heldout_sources(tmp_path, "pictures"), limit=1)
 
 
 # --- the contact sheet ---------------------------------------------------------------------------------------------
