@@ -76,6 +76,19 @@ class Batch:
         return replace(self, **moved, pictures=self.pictures and self.pictures.to(device))
 
 
+def read_mel(source: Any, log_mel: LogMel, augment: Callable[[Tensor], Tensor] = lambda waveform: waveform) -> Tensor:
+    """Opens a recording as mel frames `(T, M)`; FP32, also where the caller autocasts.
+
+    Args:
+        source: whatever `data.audio.load_audio` opens.
+        augment: changes the waveform `(samples,)` before its features are made.
+    """
+    waveform_N = augment(load_audio(source, log_mel.config.sample_rate))
+    with torch.autocast("cpu", enabled=False):
+        mel_1TM, _ = log_mel(waveform_N[None], torch.tensor([len(waveform_N)]))
+    return mel_1TM[0]
+
+
 class Processor:
     """Turns messages into samples and batches, for one chat format and one model's eyes and ears.
 
@@ -161,10 +174,9 @@ class Processor:
     ) -> None:
         """A recording is a start token, an audio token for each of its embeddings, and an end token."""
         assert self.log_mel is not None
-        waveform_N = augment(load_audio(span.source, speech.features.sample_rate))
-        mel_1TM, _ = self.log_mel(waveform_N[None], torch.tensor([len(waveform_N)]))
-        sample.clips.append(mel_1TM[0])
-        n_tokens = speech.n_tokens(mel_1TM.shape[1])
+        mel_TM = read_mel(span.source, self.log_mel, augment)
+        sample.clips.append(mel_TM)
+        n_tokens = speech.n_tokens(len(mel_TM))
         sample.ids += [speech.start_id, *[self.chat.media_ids["audio"]] * n_tokens, speech.end_id]
         sample.supervised += [False] * (n_tokens + 2)
 

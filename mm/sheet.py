@@ -1,4 +1,7 @@
-"""Contact sheets: pictures with the question, the right answer and what the model said, green where it is right."""
+"""Contact sheets: pictures with the question, the right answer and what the model said, green where it is right.
+
+Recordings are drawn as spectrograms.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from data.make.canvas import plain_font
 from mm.eval.metrics import exact_match
@@ -17,6 +21,8 @@ CELL, MARGIN, LINE, COLUMNS = 200, 8, 16, 6
 #: Characters of a line, and lines of each of the three texts, in a cell.
 CHARACTERS, LINES = 28, 2
 HEIGHT = CELL + (3 * LINES + 1) * LINE
+#: A spectrogram's size, and the range of normalised log-mel values that its colours span.
+MEL_SIZE, MEL_RANGE = (CELL - 2 * MARGIN, 112), (-2.0, 3.0)
 GREEN, RED, GREY, BLACK = (20, 130, 50), (190, 30, 30), (110, 110, 110), (0, 0, 0)
 
 
@@ -51,6 +57,18 @@ def contact_sheet(rows: Sequence[Shown], path: str | Path) -> None:
     sheet.save(path, "PNG")
 
 
+def mel_picture(mel_TM: Tensor, hidden_T: Tensor | None = None) -> Image.Image:
+    """Draws normalised log-mel frames, low notes at the bottom; frames that were hidden from the model are pale."""
+    from matplotlib import colormaps  # slow to import
+
+    low, high = MEL_RANGE
+    level_MT = ((mel_TM.float() - low) / (high - low)).clamp(0, 1).T.flip(0).numpy()
+    colours_MTC = colormaps["magma"](level_MT)[..., :3]
+    if hidden_T is not None:
+        colours_MTC[:, hidden_T.numpy()] = 0.2 * colours_MTC[:, hidden_T.numpy()] + 0.8
+    return Image.fromarray((255 * colours_MTC).astype("uint8")).resize(MEL_SIZE)
+
+
 def _cell(shown: Shown) -> Image.Image:
     """One entry, on a canvas of its own, so that wide letters do not run into the next one."""
     cell = Image.new("RGB", (CELL, HEIGHT), "white")
@@ -62,6 +80,8 @@ def _cell(shown: Shown) -> Image.Image:
     if shown.prediction is not None:
         texts.append((shown.prediction, GREEN if shown.is_right else RED))
     for text, colour in texts:
+        # A model may answer with control characters, which no font can lay out.
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
         for line in textwrap.wrap(text, CHARACTERS)[:LINES] or ["(nothing)"]:
             pen.text((MARGIN, top), line, fill=colour, font=plain_font(12))
             top += LINE

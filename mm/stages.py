@@ -89,6 +89,7 @@ class Stage:
 
 
 _EYES = frozenset({"stem", "vit", "gated_layers", "image_adapter"})
+_EARS = frozenset({"speech_encoder", "speech_adapter", "new_tokens"})
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -97,6 +98,10 @@ STAGES: dict[str, Stage] = {
         Stage(name="image-adapter", trains=_EYES, loss="next-token"),
         Stage(name="image-anneal", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
+        Stage(name="speech-encoder", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),
+        # Not the paper's: a warm start for small budgets, and the probe of what pre-training is worth.
+        Stage(name="speech-ctc", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
+        Stage(name="speech", trains=_EARS, loss="next-token", masks_prompts=True),
     )
 }
 

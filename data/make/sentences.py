@@ -36,7 +36,8 @@ def spoken(text: str) -> str | None:
     Returns:
         None where anything else is left, so that nobody knows how a voice would read it.
     """
-    text = text.replace("\u2019", "'").replace('"', "")
+    text = re.sub(r"[\u2018\u2019]", "'", text)
+    text = re.sub(r'["\u201c\u201d]', "", text)
     text = _NUMBER.sub(lambda match: _number_words(*match.groups()), text)
     text = re.sub(r"\s*(?:--+|\u2014|[:;](?=\s|$)|(?<=\s)-(?=\s))\s*", ", ", text).replace("-", " ").lower()
     text = re.sub(r"(?<![a-z])'|'(?![a-z])", "", text)

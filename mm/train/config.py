@@ -13,65 +13,118 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
-from mm.config import from_mapping
+from data.augment_audio import SpecAugmentConfig, WaveformAugmentation, augment_waveform, spec_augment
+from mm.config import SPEECH_PRESETS, from_mapping
+from mm.languages import find_language
 from mm.stages import STAGES, LearningRates, Stage
+from speech.bestrq import BestRQConfig
+from speech.conformer import PRESETS as CONFORMER_PRESETS
 from vision.contrastive import TextTowerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: What is asked about a recording that comes with nothing but a text: to write it down, to translate it, to reply.
+TASKS = ("asr", "translation", "dialogue")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Where the model comes from.
+    """Where the model comes from. A key that the stage does not read is an error.
 
     Attributes:
         init_from: a model to go on with, usually the `export` of an earlier stage; whatever `from_pretrained` takes.
         swap_lm: language model that replaces its own (image-sft).
-        lm: language model to give eyes, together with `image`.
+        lm: language model to give eyes or ears, together with `image` or `speech`.
         image: name of the new image part (`mm.config.IMAGE_PRESETS`).
-        encoder: in image-encoder the name of a shape (`vision.encoder.PRESETS`), in image-adapter an export of image-encoder.
+        speech: name of the new ears (`mm.config.SPEECH_PRESETS`), for `lm`, or for an `init_from` that has none.
+        encoder: in image-encoder, speech-encoder and speech-ctc the name of a shape (`vision.encoder.PRESETS`,
+            `speech.conformer.PRESETS`); in image-adapter an export of image-encoder; in speech-ctc and speech an export of
+            an earlier stage of speech.
         stem: name of pre-trained weights for a hybrid encoder's stem (`vision.pretrained`).
         open_gates: where the gates of the image part start, see `ImageAdapter.open_gates`; at zero, as released, when None.
         text: shape of the text tower of image-encoder.
+        best_rq: masks and codebooks of speech-encoder.
     """
 
     init_from: str | None = None
     swap_lm: str | None = None
     lm: str | None = None
     image: str | None = None
+    speech: str | None = None
     encoder: str | None = None
     stem: str | None = None
     open_gates: float | None = None
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    best_rq: BestRQConfig = field(default_factory=BestRQConfig)
+
+    def given(self) -> set[str]:
+        """Names of the keys that differ from their defaults."""
+        default = ModelConfig()
+        return {key.name for key in dataclasses.fields(self) if getattr(self, key.name) != getattr(default, key.name)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Samples on disk, see docs/data.md.
+    """Samples on disk, see docs/data.md. A key that the stage does not read is an error.
 
     Attributes:
-        path: folder or pattern of shards, or a LLaVA file.
+        path: folder or pattern of shards, a LLaVA file, or a corpus of speech.
         image_folder: where a LLaVA file's pictures lie; beside it when None.
         weight: share in the mix, relative to the other sources'.
         style: "chat" writes the model's conversation format and supervises answers; "plain" is a base model's captioning format.
+        format: of a corpus of speech (`data.speech.open_speech`); told from `path` when None.
+        task: what is asked about recordings that come with a text and no conversation: "asr" and "translation" use the
+            paper's prompts, "dialogue" takes the text for the reply. Needed where there are such recordings.
+        language: of the text, by English name or code; the corpus's own when None.
     """
 
     path: str
     image_folder: str | None = None
     weight: float = 1.0
     style: str = "chat"
+    format: str | None = None
+    task: str | None = None
+    language: str | None = None
 
     def __post_init__(self) -> None:
         if self.style not in ("chat", "plain"):
             raise ValueError(f"style {self.style!r} of {self.path} is unknown; choose 'chat' or 'plain'")
         if self.weight <= 0:
             raise ValueError(f"weight of {self.path} must be positive, got {self.weight}; leave the source out instead")
+        if self.task not in (None, *TASKS):
+            raise ValueError(f"task {self.task!r} of {self.path} is unknown; choose one of {', '.join(TASKS)}")
+        if self.language is not None:
+            find_language(self.language)
+        elif self.task == "translation":
+            raise ValueError(f"language of {self.path}: task translation needs the language that is translated into")
 
     @property
     def name(self) -> str:
         """How logs and errors call it."""
-        return f"{self.path} ({self.style})"
+        return f"{self.path} ({self.task or self.style})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How recordings are varied, for training alone; None leaves them as they are.
+
+    Attributes:
+        waveform: speed and noise.
+        spectrogram: SpecAugment's masks.
+    """
+
+    waveform: WaveformAugmentation | None = None
+    spectrogram: SpecAugmentConfig | None = None
+
+    def vary_waveform(self, waveform_N: Tensor) -> Tensor:
+        return augment_waveform(waveform_N, self.waveform) if self.waveform else waveform_N
+
+    def vary_mel(self, mel_TM: Tensor) -> Tensor:
+        return spec_augment(mel_TM, self.spectrogram) if self.spectrogram else mel_TM
+
+
+UNVARIED = AugmentConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +137,14 @@ class DataConfig:
         tile_size: side of a tile; the encoder's positions are interpolated to it. The model's own when None.
         window: batches whose samples are sorted by length together, so that batches need little padding.
         max_bad_fraction: the run stops once more of the samples than this had to be skipped.
+        augment: of `sources`, in speech-ctc and speech.
     """
 
     sources: tuple[SourceConfig, ...]
     heldout: tuple[SourceConfig, ...] = ()
     workers: int = 0
     tile_size: int | None = None
+    augment: AugmentConfig = UNVARIED
     window: int = 16
     max_bad_fraction: float = 0.01
 
@@ -160,6 +215,16 @@ class LogConfig:
     every: int = 1
 
 
+#: Keys of `model` that a stage reads, by its loss and whether it hears.
+MODEL_KEYS = {
+    ("contrastive", False): {"encoder", "stem", "text"},
+    ("next-token", False): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
+    ("best-rq", True): {"encoder", "best_rq"},
+    ("ctc", True): {"encoder"},
+    ("next-token", True): {"init_from", "lm", "speech", "encoder"},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run.
@@ -192,33 +257,62 @@ class TrainConfig:
             if getattr(self, name).every < 1:
                 raise ValueError(f"{name}.every must be at least 1 step")
         self._check_model()
-        self._check_stage()
+        self._check_data()
 
     def _check_model(self) -> None:
         model = self.model
-        if self.stage_spec.loss == "contrastive":
-            if model.encoder is None or model.init_from or model.lm or model.image:
-                raise ValueError("model: stage image-encoder trains an encoder alone; give its preset as model.encoder")
-        elif model.init_from is None and not (model.lm and model.image):
-            raise ValueError("model: give init_from, or lm together with image")
-        elif model.init_from and (model.lm or model.image or model.encoder or model.stem):
+        if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.hears]:
+            raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
+        if self.stage_spec.loss == "next-token":
+            self._check_whole_model()
+        elif model.encoder is None:
+            raise ValueError(f"model: stage {self.stage} trains an encoder alone; give its preset as model.encoder")
+        elif self.stage_spec.loss == "best-rq" and model.encoder not in CONFORMER_PRESETS:
+            presets = ", ".join(CONFORMER_PRESETS)
+            raise ValueError(f"model.encoder: preset {model.encoder!r} is unknown; choose one of {presets}")
+
+    def _check_whole_model(self) -> None:
+        model, part = self.model, "speech" if self.hears else "image"
+        if model.init_from is None and not (model.lm and getattr(model, part)):
+            raise ValueError(f"model: give init_from, or lm together with {part}")
+        if model.init_from and model.given() & {"lm", "image", "stem"}:
             raise ValueError(
-                "model: init_from brings its language model, encoder and stem; leave lm, image, encoder and stem out"
+                "model: init_from brings its language model and eyes; leave lm, image, encoder and stem out"
             )
+        if model.init_from and model.encoder and not model.speech:
+            raise ValueError("model.encoder: init_from brings its own encoder, which was trained; leave encoder out")
         if model.init_from and model.open_gates is not None:
             raise ValueError("model.open_gates: init_from brings gates that were trained; leave open_gates out")
         if model.swap_lm and not self.stage_spec.swaps_lm:
             raise ValueError(f"model.swap_lm: stage {self.stage} keeps its language model; image-sft swaps it")
+        if model.speech not in (None, *SPEECH_PRESETS):
+            raise ValueError(f"model.speech: {model.speech!r} is unknown; choose one of {', '.join(SPEECH_PRESETS)}")
 
-    def _check_stage(self) -> None:
-        if self.stage_spec.masks_prompts and any(source.style != "chat" for source in self.data.sources):
+    def _check_data(self) -> None:
+        sources = (*self.data.sources, *self.data.heldout)
+        asks = self.hears and self.stage_spec.loss == "next-token"
+        reads = {"image_folder": not self.hears, "format": self.hears, "task": asks, "language": asks}
+        for source in sources:
+            for key, is_read in reads.items():
+                if getattr(source, key) is not None and not is_read:
+                    raise ValueError(f"{key} of {source.path}: stage {self.stage} does not read it; leave it out")
+        if (self.hears or self.stage_spec.masks_prompts) and any(source.style != "chat" for source in sources):
             raise ValueError(
                 f"data.sources: stage {self.stage} supervises answers alone, so every source needs style: chat"
             )
+        if self.hears and self.data.tile_size:
+            raise ValueError(f"data.tile_size: stage {self.stage} trains no image encoder; leave it out")
+        if self.data.augment != UNVARIED and not (asks or self.stage_spec.loss == "ctc"):
+            raise ValueError(f"data.augment: stage {self.stage} does not vary its samples; leave it out")
         if self.stage_spec.loss == "contrastive" and self.optim.micro_batch_size not in (None, self.optim.batch_size):
             raise ValueError(
                 "optim.micro_batch_size: a contrastive batch cannot be cut, its pairs are compared with each other; leave it out"
             )
+
+    @property
+    def hears(self) -> bool:
+        """Whether the stage learns from recordings."""
+        return "speech_encoder" in self.stage_spec.trains
 
     @property
     def stage_spec(self) -> Stage:

@@ -5,45 +5,45 @@ An objective knows the model and the data's meaning; the trainer knows neither.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch
-from open_clip import SimpleTokenizer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data.images import load_image
 from data.shards import Sample as RawSample
-from lm.checkpoint import load_strict, read_json
-from mm.checkpoint import compose
-from mm.config import from_mapping
+from data.speech import speech_length
+from mm.checkpoint import compose, give_ears
 from mm.generate import generate
 from mm.model import MultimodalLlama
 from mm.processor import Batch, Processor, Sample, Style
-from mm.train.config import DTYPES, TrainConfig
+from mm.sheet import Shown
+from mm.train.config import DTYPES, UNVARIED, AugmentConfig, TrainConfig
+from mm.train.contrastive import Contrastive
+from mm.train.encoders import load_encoder
 from mm.train.loss import count_targets, next_token_loss
-from vision.contrastive import ContrastiveModel
-from vision.encoder import PRESETS, ImageEncoder, ImageEncoderConfig
+from mm.train.masked_speech import MaskedSpeech
+from mm.train.reading import as_caption, last_question, media_of, split_answer
+from mm.train.showing import picture_of, recognition_scores, share_right
+from mm.train.spelling import Spelling
 from vision.pretrained import init_stem
-from vision.tiling import Pictures, Tiles, tile_image
 
 
 class Reader(Protocol):
     """Turns raw samples into batches; runs in worker processes, so it is small and picklable."""
 
     def length(self, raw: RawSample) -> int:
-        """Tokens of a sample, by which batches are bucketed."""
+        """Size of a sample (tokens, or milliseconds), by which batches are bucketed; opens no medium."""
 
-    def prepare(self, raw: RawSample) -> Any:
-        """Decodes a sample; raises `ValueError` for one that cannot be used."""
+    def prepare(self, raw: RawSample, *, augment: bool = False) -> Any:
+        """Decodes a sample, varied as the run's `data.augment` says if `augment`.
 
-    def answer(self, raw: RawSample) -> str:
-        """What a prediction should say."""
+        What it draws comes from torch's global generator, which the caller seeds.
+
+        Raises:
+            ValueError: the sample cannot be used.
+        """
 
     def count(self, sample: Any) -> int:
         """How many loss terms a prepared sample adds; the loss is their mean over the global batch."""
@@ -65,13 +65,16 @@ class Objective(Protocol):
         """Sum of the batch's loss terms."""
 
     def n_tokens(self, batch: Any) -> int:
-        """Text tokens, padding not counted."""
+        """Tokens, padding not counted; encoder frames where speech alone is trained."""
+
+    def audio_seconds(self, batch: Any) -> float:
+        """Length of the batch's recordings."""
 
     def gauges(self) -> dict[str, float]:
         """Values of the model worth plotting."""
 
-    def predict(self, raws: Sequence[RawSample], max_new_tokens: int) -> list[str]:
-        """The model's answer for each sample."""
+    def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
+        """What the model makes of held-out samples: drawn, one entry each, and scored, by name."""
 
     def freeze_precision(self) -> None:
         """Holds what is frozen in the compute dtype."""
@@ -82,47 +85,15 @@ class Objective(Protocol):
 
 def make_objective(config: TrainConfig) -> Objective:
     """Builds the stage's model, on the CPU and in FP32."""
-    return Contrastive(config) if config.stage_spec.loss == "contrastive" else NextToken(config)
-
-
-# ---------------------------------------------------------------------------------------------------- next token
-
-
-def as_caption(raw: RawSample) -> list[dict[str, Any]]:
-    """The sample's pictures with its caption, whatever else was asked about them."""
-    if raw.caption is None or not raw.caption.strip():
-        raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no caption (.txt), which style plain needs")
-    pictures = [{"type": "image", "image": picture} for picture in pictures_of(raw)]
-    caption = {"role": "assistant", "content": [{"type": "text", "text": raw.caption.strip()}]}
-    return [{"role": "user", "content": pictures}, caption]
-
-
-def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """A sample's messages without its last answer, and that answer.
-
-    Raises:
-        ValueError: the assistant does not speak last.
-    """
-    *before, last = messages
-    if last["role"] != "assistant":
-        raise ValueError(f"sample {raw.key!r} of {raw.source!r} does not end with an answer")
-    return before, _text(last)
-
-
-def last_question(raw: RawSample) -> str:
-    """The text of the user's last turn."""
-    turns = [message for message in raw.messages if message["role"] == "user"]
-    return _text(turns[-1]) if turns else ""
-
-
-def pictures_of(raw: RawSample) -> list[bytes]:
-    """A sample's encoded pictures in reading order."""
-    contents = [message["content"] for message in raw.messages]
-    return [part["image"] for content in contents for part in content if part["type"] == "image"]
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
+    match config.stage_spec.loss:
+        case "contrastive":
+            return Contrastive(config)
+        case "best-rq":
+            return MaskedSpeech(config)
+        case "ctc":
+            return Spelling(config)
+        case "next-token":
+            return NextToken(config)
 
 
 @dataclass(frozen=True)
@@ -131,26 +102,58 @@ class ConversationReader:
 
     Attributes:
         styles: source name -> "chat" or "plain".
+        tasks: source name -> what is asked about its recordings (`mm.train.config.TASKS`); None leaves it to the samples.
         max_tokens: longer samples are refused.
+        augment: how recordings are varied for training.
+        hears: whether every sample must have a recording, because nothing else trains.
     """
 
     processor: Processor
     styles: dict[str, Style]
+    tasks: dict[str, str | None]
     max_tokens: int
+    augment: AugmentConfig
+    hears: bool
 
     def messages(self, raw: RawSample) -> list[dict[str, Any]]:
         return as_caption(raw) if self.styles[raw.source] == "plain" else raw.messages
 
     def length(self, raw: RawSample) -> int:
-        return len(self.processor.tokenize(self.messages(raw), style=self.styles[raw.source]).ids)
+        encoded = self.processor.tokenize(self.messages(raw), style=self.styles[raw.source])
+        speech, n_audio_tokens = self.processor.speech, 0
+        if speech and any(span.kind == "audio" for span in encoded.media):
+            n_samples = speech_length(raw) * speech.features.sample_rate // 1000
+            n_audio_tokens = speech.n_tokens(speech.features.n_frames(n_samples))
+        return len(encoded.ids) + n_audio_tokens
 
-    def prepare(self, raw: RawSample) -> Sample:
-        sample = self.processor.encode(self.messages(raw), style=self.styles[raw.source], key=f"{raw.source}/{raw.key}")
+    def prepare(self, raw: RawSample, *, augment: bool = False) -> Sample:
+        if self.hears:
+            self._check_recordings(raw)
+        vary = self.augment if augment else UNVARIED
+        sample = self.processor.encode(
+            self.messages(raw),
+            style=self.styles[raw.source],
+            key=f"{raw.source}/{raw.key}",
+            augment_audio=vary.vary_waveform,
+        )
+        sample.clips = [vary.vary_mel(mel_TM) for mel_TM in sample.clips]
         if len(sample.ids) > self.max_tokens:
             raise ValueError(f"{len(sample.ids)} tokens are more than the language model's {self.max_tokens}")
         if self.count(sample) == 0:
             raise ValueError("nothing in the sample is supervised")
         return sample
+
+    def _check_recordings(self, raw: RawSample) -> None:
+        """Refuses samples that would teach nothing, or something that nobody asked for."""
+        if not media_of(raw, "audio"):
+            raise ValueError("the sample has no recording, and nothing but hearing is trained")
+        if raw.messages[-1]["role"] != "assistant":
+            raise ValueError("the sample has no reply yet; see mm.train.dialogue_targets")
+        if self.tasks[raw.source] is None and "conversations" not in raw.metadata:
+            raise ValueError("the sample is a recording with a text; say what is asked by the source's `task`")
+
+    def task(self, raw: RawSample) -> str | None:
+        return self.tasks[raw.source] or raw.metadata.get("task")
 
     def prompt(self, raw: RawSample) -> list[dict[str, Any]]:
         """The sample's messages before its last answer."""
@@ -167,15 +170,20 @@ class ConversationReader:
 
 
 class NextToken:
-    """Next-token prediction with the frozen language model: image-adapter, image-anneal, image-sft."""
+    """Next-token prediction with the frozen language model: image-adapter, image-anneal, image-sft, speech."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.model = load_model(config)
         self.dtype = DTYPES[config.dtype]
+        self.hears = config.hears
+        sources = (*config.data.sources, *config.data.heldout)
         self.reader = ConversationReader(
             self.model.processor,
-            {source.name: cast(Style, source.style) for source in (*config.data.sources, *config.data.heldout)},
+            {source.name: cast(Style, source.style) for source in sources},
+            {source.name: source.task for source in sources},
             self.model.config.lm.max_seq_len,
+            config.data.augment,
+            config.hears,
         )
 
     def loss(self, batch: Batch) -> Tensor:
@@ -184,13 +192,34 @@ class NextToken:
     def n_tokens(self, batch: Batch) -> int:
         return int(batch.valid_BT.sum())
 
+    def audio_seconds(self, batch: Batch) -> float:
+        speech = self.model.config.speech
+        if speech is None or batch.n_frames_A is None:
+            return 0.0
+        return int(batch.n_frames_A.sum()) * speech.features.hop / speech.features.sample_rate
+
     def gauges(self) -> dict[str, float]:
-        assert self.model.image_adapter is not None
+        """How far the gates of eyes under training are open."""
+        if self.hears or self.model.image_adapter is None:
+            return {}
         gates = self.model.image_adapter.gates()
         return {f"gates/{kind}.{i}": pair[k] for i, pair in gates.items() for k, kind in enumerate(("attn", "mlp"))}
 
     def freeze_precision(self) -> None:
+        """The language model alone: frozen eyes go into the export, where nothing may have rounded them."""
         self.model.lm.to(self.dtype)
+
+    def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
+        """Transcripts are scored by their errors, other answers by the share that is right."""
+        log_mel = self.model.processor.log_mel
+        rows = [
+            Shown(picture_of(raw, log_mel), last_question(raw), self.reader.answer(raw), answer)
+            for raw, answer in zip(raws, self.predict(raws, max_new_tokens), strict=True)
+        ]
+        transcribed = [i for i, raw in enumerate(raws) if self.reader.task(raw) == "asr"]
+        languages = [str(raws[i].metadata.get("language") or "English") for i in transcribed]
+        others = [row for i, row in enumerate(rows) if i not in transcribed]
+        return rows, share_right(others) | recognition_scores([rows[i] for i in transcribed], languages)
 
     def predict(self, raws: Sequence[RawSample], max_new_tokens: int) -> list[str]:
         """Greedy answers, in each source's own style."""
@@ -212,10 +241,21 @@ def load_model(config: TrainConfig) -> MultimodalLlama:
     source = config.model
     if source.init_from:
         model = MultimodalLlama.from_pretrained(source.init_from)
+        if source.speech:
+            model = give_ears(model, source.speech)
     else:
         assert source.lm is not None
-        model = compose(source.lm, source.image)
-    if model.config.image is None or model.image_encoder is None:
+        model = compose(source.lm, image=source.image, speech=source.speech)
+    if config.hears:
+        _prepare_ears(model, config)
+    else:
+        _prepare_eyes(model, config)
+    return model
+
+
+def _prepare_eyes(model: MultimodalLlama, config: TrainConfig) -> None:
+    source = config.model
+    if model.image_encoder is None or model.image_adapter is None:
         raise ValueError(
             f"model.init_from: {source.init_from} has no image part; start image-adapter from lm and image"
         )
@@ -224,133 +264,16 @@ def load_model(config: TrainConfig) -> MultimodalLlama:
     if source.stem:
         init_stem(model.image_encoder, source.stem)
     if source.open_gates is not None:
-        assert model.image_adapter is not None
         model.image_adapter.open_gates(source.open_gates)
     if source.swap_lm:
         model.swap_lm(source.swap_lm)
     if config.data.tile_size:
         model.resize_tiles(config.data.tile_size)
-    return model
 
 
-# --------------------------------------------------------------------------------------------------- contrastive
-
-
-@dataclass
-class Pairs:
-    """A batch of pictures, each with its caption."""
-
-    pictures: Pictures
-    ids_PT: Tensor
-    keys: list[str]
-
-    def to(self, device: torch.device | str) -> Pairs:
-        return Pairs(self.pictures.to(device), self.ids_PT.to(device), self.keys)
-
-
-@dataclass
-class Pair:
-    tiles: Tiles
-    caption: str
-    key: str
-
-
-@dataclass(frozen=True)
-class PairReader:
-    """Reads each sample as its first picture, fitted into one tile as in contrastive pre-training (7.2), and its caption."""
-
-    tile_size: int
-    tokenizer: SimpleTokenizer = field(repr=False)
-
-    def length(self, raw: RawSample) -> int:
-        return 0  # captions all have the text tower's context length
-
-    def prepare(self, raw: RawSample) -> Pair:
-        pictures = pictures_of(raw)
-        if not pictures:
-            raise ValueError("the sample has no picture")
-        tiles = tile_image(load_image(pictures[0]), self.tile_size, max_tiles=1)
-        return Pair(tiles, self.answer(raw), f"{raw.source}/{raw.key}")
-
-    def answer(self, raw: RawSample) -> str:
-        """The caption, or what the assistant says where there is none."""
-        return split_answer(raw, as_caption(raw) if raw.caption else raw.messages)[1]
-
-    def count(self, sample: Pair) -> int:
-        return 1
-
-    def collate(self, samples: Sequence[Pair]) -> Pairs:
-        pictures = Pictures.collate([pair.tiles for pair in samples])
-        ids_PT = self.tokenizer([pair.caption for pair in samples])
-        return Pairs(pictures, ids_PT, [pair.key for pair in samples])
-
-
-class Contrastive:
-    """Pictures and their captions meet in one space: image-encoder."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        preset = config.model.encoder
-        if preset not in PRESETS:
-            raise ValueError(f"model.encoder: preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-        encoder_config = PRESETS[preset]()
-        if config.data.tile_size:
-            encoder_config = dataclasses.replace(encoder_config, tile_size=config.data.tile_size)
-        encoder = ImageEncoder(encoder_config)
-        if config.model.stem:
-            init_stem(encoder, config.model.stem)
-        self.model = ContrastiveModel(encoder, config.model.text)
-        self.reader = PairReader(encoder_config.tile_size, self.model.tokenizer)
-
-    def loss(self, batch: Pairs) -> Tensor:
-        return self.model(batch.pictures, batch.ids_PT).loss * len(batch.pictures)
-
-    def n_tokens(self, batch: Pairs) -> int:
-        return int(batch.ids_PT.ne(0).sum())
-
-    def gauges(self) -> dict[str, float]:
-        return {"logit_scale": self.model.logit_scale.exp().item()}
-
-    def freeze_precision(self) -> None:
-        """Nothing: what is frozen here is small."""
-
-    def predict(self, raws: Sequence[RawSample], max_new_tokens: int) -> list[str]:
-        """The nearest of the samples' captions."""
-        device = self.model.logit_scale.device
-        pairs = [self.reader.prepare(raw) for raw in raws]
-        pictures = Pictures.collate([pair.tiles for pair in pairs]).to(device)
-        return self.model.zero_shot(pictures, sorted({pair.caption for pair in pairs}))
-
-    def export(self, directory: Path) -> None:
-        save_encoder(self.model.image_encoder, directory)
-
-
-def save_encoder(encoder: ImageEncoder, directory: Path) -> None:
-    """Writes an image encoder as `encoder.safetensors` and `config.json`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    save_file(state, directory / "encoder.safetensors")
-    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(encoder.config), indent=2) + "\n")
-
-
-def load_encoder(directory: str | Path, encoder: ImageEncoder) -> None:
-    """Fills an encoder from `save_encoder`'s files; positions are interpolated where the tile size differs.
-
-    Raises:
-        ValueError: the files are missing, or of an encoder of another shape; says in what.
-    """
-    directory = Path(directory)
-    if not (directory / "encoder.safetensors").exists():
-        raise ValueError(
-            f"model.encoder: {directory} is no export of stage image-encoder; it has no encoder.safetensors"
-        )
-    saved_config = from_mapping(
-        ImageEncoderConfig, read_json(directory / "config.json"), str(directory / "config.json")
-    )
-    saved = ImageEncoder(saved_config)
-    load_strict(saved, load_file(directory / "encoder.safetensors"), str(directory))
-    if saved_config.tile_size != encoder.config.tile_size:
-        saved.resize(encoder.config.tile_size)
-    for name, value in dataclasses.asdict(encoder.config).items():
-        if getattr(saved.config, name) != value:
-            raise ValueError(f"model.encoder: {directory} has {name} {getattr(saved.config, name)}, this model {value}")
-    encoder.load_state_dict(saved.state_dict())
+def _prepare_ears(model: MultimodalLlama, config: TrainConfig) -> None:
+    source = config.model
+    if model.speech_encoder is None:
+        raise ValueError(f"model.init_from: {source.init_from} has no ears; name new ones as model.speech")
+    if source.encoder:
+        load_encoder(source.encoder, model.speech_encoder)

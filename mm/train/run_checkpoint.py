@@ -1,7 +1,7 @@
 """Checkpoints of a run: whatever a killed run needs to go on exactly, in a folder per step.
 
 `step_000500/` holds `weights.safetensors` (trained tensors; frozen ones are loaded from their sources again), `optimizer.pt`
-(optimiser and random state, read with `weights_only`) and `state.json` (step and data cursor).
+(optimiser and random state, read with `weights_only`) and `state.json` (`RunState`).
 A folder appears whole or not at all.
 """
 
@@ -23,10 +23,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class RunState:
-    """What a resumed run must know besides tensors."""
+    """What a resumed run must know besides tensors.
+
+    Attributes:
+        data: position in the data.
+        audio_seconds: length of the recordings so far.
+    """
 
     step: int
     data: dict[str, Any]
+    audio_seconds: float = 0.0
 
 
 def steps(directory: Path) -> list[int]:
@@ -57,7 +63,7 @@ def save(
     )
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     torch.save({"optimizer": optimizer.state_dict(), "random": random}, partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": state.step, "data": state.data}))
+    (partial / "state.json").write_text(json.dumps(vars(state)))
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)
     for step in steps(directory)[:-keep]:
@@ -90,5 +96,4 @@ def load_latest(
     torch.set_rng_state(saved["random"]["cpu"])
     if saved["random"]["cuda"]:
         torch.cuda.set_rng_state_all(saved["random"]["cuda"])
-    state = json.loads((path / "state.json").read_text())
-    return RunState(step=state["step"], data=state["data"])
+    return RunState(**json.loads((path / "state.json").read_text()))

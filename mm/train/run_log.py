@@ -19,6 +19,7 @@ LOG_FILE = "log.jsonl"
 PACKAGES = (
     "torch",
     "torchvision",
+    "torchaudio",
     "timm",
     "open_clip_torch",
     "safetensors",

@@ -6,35 +6,37 @@ language model is held in bf16 (section 7.3 reports that gradients accumulated i
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data.images import load_image
 from data.shards import Sample as RawSample
-from data.shards import open_source
 from data.stream import BatchStream, StreamConfig
-from mm.sheet import Shown, contact_sheet
+from mm.sheet import contact_sheet
 from mm.stages import apply
 from mm.train import run_checkpoint
-from mm.train.config import DTYPES, TrainConfig
-from mm.train.objectives import Reader, last_question, make_objective, pictures_of
+from mm.train.config import DTYPES, TrainConfig, load_config
+from mm.train.objectives import Reader, make_objective
 from mm.train.optim import make_optimizer, schedule, set_learning_rates
+from mm.train.reading import open_training_source
 from mm.train.run_checkpoint import RunState
 from mm.train.run_log import RunLog, draw_loss, record_start
 from vision.tiling import Pictures
+
+logger = logging.getLogger(__name__)
 
 #: Keys that may differ when a run goes on: they do not change what is learnt.
 VOLATILE = (
@@ -58,7 +60,8 @@ class GlobalBatch:
     """The samples of one optimiser step, cut into micro-batches.
 
     Attributes:
-        n_terms: loss terms (supervised tokens, or pairs) over all micro-batches; the loss is the mean over these.
+        n_terms: loss terms (supervised tokens, pairs, codes or letters) over all micro-batches; the loss is the mean over
+            these.
     """
 
     micro_batches: list[Any]
@@ -75,7 +78,8 @@ class Collate:
     def __call__(self, samples: Sequence[Any]) -> GlobalBatch:
         size = self.micro_batch_size
         cuts = [samples[i : i + size] for i in range(0, len(samples), size)]
-        return GlobalBatch([self.reader.collate(cut) for cut in cuts], sum(self.reader.count(s) for s in samples))
+        n_terms = sum(self.reader.count(sample) for sample in samples)
+        return GlobalBatch([self.reader.collate(cut) for cut in cuts], max(n_terms, 1))  # short speech may have no mask
 
 
 class Trainer:
@@ -106,6 +110,7 @@ class Trainer:
         self.heldout = self._read_heldout()
         state = run_checkpoint.load_latest(self.checkpoints, self.trained, self.optimizer)
         self.step = state.step if state else 0
+        self.audio_seconds = state.audio_seconds if state else 0.0
         if state:
             self.stream.load_state_dict(state.data)
         self.stop_requested = False
@@ -146,6 +151,7 @@ class Trainer:
             batch = next(batches)
             metrics = self.train_step(batch)
             seconds = time.perf_counter() - start
+            self.audio_seconds += sum(map(self.objective.audio_seconds, batch.micro_batches))
             self.step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -154,7 +160,7 @@ class Trainer:
             if self.heldout and (self.step % config.eval.every == 0 or self.step == last):
                 log.write(self.step, self.evaluate())
             if self.step % config.checkpoint.every == 0 or self.step == last or self.stop_requested:
-                state = RunState(self.step, self.stream.state_dict())
+                state = RunState(self.step, self.stream.state_dict(), self.audio_seconds)
                 run_checkpoint.save(self.checkpoints, state, self.trained, self.optimizer, keep=config.checkpoint.keep)
 
     def train_step(self, batch: GlobalBatch) -> dict[str, float]:
@@ -192,27 +198,24 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Loss and answers on held-out samples; draws the answers as `samples/step_*.png`."""
         reader, size = self.objective.reader, self.config.optim.micro_batch_size or self.config.optim.batch_size
-        prepared = [reader.prepare(raw) for raw in self.heldout]
-        batch = Collate(reader, size)(prepared)
         shown = self.heldout[:: max(1, len(self.heldout) // self.config.eval.pictures)][: self.config.eval.pictures]
-        with self._autocast():
-            total = sum(self.objective.loss(micro_batch.to(self.device)).item() for micro_batch in batch.micro_batches)
-            answers = self.objective.predict(shown, self.config.eval.max_new_tokens)
-        rows = [
-            Shown(load_image(pictures_of(raw)[0]), last_question(raw), reader.answer(raw), answer)
-            for raw, answer in zip(shown, answers, strict=True)
-        ]
+        with torch.random.fork_rng(devices=[]):  # evaluation changes nothing of the run, and is the same every time
+            torch.default_generator.manual_seed(self.config.seed)
+            batch = Collate(reader, size)([reader.prepare(raw) for raw in self.heldout])
+            with self._autocast():
+                losses = [self.objective.loss(part.to(self.device)).item() for part in batch.micro_batches]
+                rows, scores = self.objective.examine(shown, self.config.eval.max_new_tokens)
         contact_sheet(rows, self.directory / "samples" / f"step_{self.step:06d}.png")
-        right = sum(row.is_right for row in rows) / len(rows)
-        return {"heldout/loss": total / batch.n_terms, "heldout/exact": right}
+        return {"heldout/loss": sum(losses) / batch.n_terms} | {f"heldout/{name}": x for name, x in scores.items()}
 
     def _autocast(self) -> torch.autocast:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _pace(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
-        n_tokens = sum(self.objective.n_tokens(micro_batch) for micro_batch in batch.micro_batches)
-        return {
+        n_tokens = sum(map(self.objective.n_tokens, batch.micro_batches))
+        audio_hours = {"audio_hours": self.audio_seconds / 3600} if self.audio_seconds else {}
+        return audio_hours | {
             "tokens_per_second": n_tokens / seconds,
             "step_seconds": seconds,
             "data_wait": self.stream.wait_seconds / seconds,
@@ -222,7 +225,7 @@ class Trainer:
     def _open_stream(self) -> BatchStream:
         data, optim, reader = self.config.data, self.config.optim, self.objective.reader
         return BatchStream(
-            [open_source(s.path, name=s.name, image_folder=s.image_folder) for s in data.sources],
+            [open_training_source(source, hears=self.config.hears) for source in data.sources],
             StreamConfig(
                 batch_size=optim.batch_size,
                 seed=self.config.seed,
@@ -230,19 +233,33 @@ class Trainer:
                 max_bad_fraction=data.max_bad_fraction,
                 num_workers=data.workers,
             ),
-            prepare=reader.prepare,
+            prepare=partial(reader.prepare, augment=True),
             collate=Collate(reader, optim.micro_batch_size or optim.batch_size),
             length=reader.length,
             weights=[source.weight for source in data.sources],
         )
 
     def _read_heldout(self) -> list[RawSample]:
-        """The same samples in every evaluation, as many of each held-out source, spread evenly over it."""
-        sources = [open_source(s.path, name=s.name, image_folder=s.image_folder) for s in self.config.data.heldout]
-        raws = []
+        """The same samples in every evaluation, as many of each held-out source, spread evenly over it.
+
+        Bad ones are left out now, and not found after hours of training.
+        """
+        raws, bad = [], []
+        sources = [open_training_source(source, hears=self.config.hears) for source in self.config.data.heldout]
         for source in sources:
             n = min(len(source), max(1, self.config.eval.samples // len(sources)))
-            raws += [source[i * len(source) // n] for i in range(n)]
+            for row in range(n):
+                try:
+                    raw = source[row * len(source) // n]
+                    with torch.random.fork_rng(devices=[]):
+                        self.objective.reader.prepare(raw)
+                    raws.append(raw)
+                except (ValueError, OSError) as error:
+                    bad.append(error)
+        if bad and not raws:
+            raise ValueError(f"data.heldout: none of its samples can be used; the first: {bad[0]}")
+        if bad:
+            logger.warning("data.heldout: left out %d samples; the first: %s", len(bad), bad[0])
         return raws
 
     def _save_bad_batch(self, batch: GlobalBatch) -> Path:
@@ -278,7 +295,7 @@ class Trainer:
 
 def _check_same_run(config: TrainConfig, path: Path) -> None:
     """Refuses to go on with checkpoints of another configuration."""
-    before, now = (_flatten(c) for c in (yaml.safe_load(path.read_text()), yaml.safe_load(config.to_yaml())))
+    before, now = _flatten(load_config(path).as_dict()), _flatten(config.as_dict())
     for key in sorted(before.keys() | now.keys()):
         is_volatile = any(key == name or key.startswith(f"{name}.") for name in VOLATILE)
         if not is_volatile and before.get(key) != now.get(key):
@@ -289,7 +306,7 @@ def _check_same_run(config: TrainConfig, path: Path) -> None:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {prefix: value}

@@ -24,6 +24,9 @@ MATRIX = {
     "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
+    "speech-encoder": {"speech_encoder", "head"},
+    "speech-ctc": {"speech_encoder", "head"},
+    "speech": {"speech_encoder", "speech_adapter", "new_tokens"},
 }
 
 

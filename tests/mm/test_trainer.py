@@ -181,7 +181,8 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     config = load_config(path.with_name(path.stem + suffix + ".yaml"))
     assert config.stage == stage and config.data.heldout
     rates = config.optim.lr
-    assert rates.encoder > 0 and (stage == "image-encoder" or (rates.adapter > 0 and rates.gates > 0))
+    parts = {"image-encoder": "", "speech-encoder": "head", "speech-ctc": "head", "speech": "adapter"}
+    assert rates.encoder > 0 and all(getattr(rates, part) > 0 for part in parts.get(stage, "adapter gates").split())
 
 
 def test_the_papers_numbers() -> None:
@@ -260,7 +261,7 @@ def test_the_four_stages_follow_each_other_through_their_scripts(
         },
         "image-sft": {"model": {"init_from": str(tmp_path / "image-anneal" / "export"), "swap_lm": "debug"}},
     }  # fmt: skip
-    assert list(stages) == list(STAGES)
+    assert list(stages) == [name for name in STAGES if name.startswith("image-")]
     for stage, changes in stages.items():
         path = tmp_path / f"{stage}.yaml"
         path.write_text(yaml.safe_dump(run_data | changes | {"stage": stage, "output": str(tmp_path / stage)}))
@@ -296,7 +297,7 @@ def test_script_refuses_another_stages_yaml(
 
 
 def test_encoder_of_another_shape_is_refused(run_data: dict[str, Any], tmp_path: Path) -> None:
-    from mm.train.objectives import load_encoder, save_encoder
+    from mm.train.encoders import load_encoder, save_encoder
 
     model = debug_model()
     assert model.image_encoder is not None
@@ -305,5 +306,5 @@ def test_encoder_of_another_shape_is_refused(run_data: dict[str, Any], tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(data | {"max_tiles": 3}))
     with pytest.raises(ValueError):
         load_encoder(tmp_path, model.image_encoder)
-    with pytest.raises(ValueError, match="no export of stage image-encoder"):
+    with pytest.raises(ValueError, match="nor an export of a stage"):
         load_encoder(tmp_path / "nowhere", model.image_encoder)

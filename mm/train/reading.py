@@ -1,0 +1,92 @@
+"""What a run reads: its sources, and what objectives take out of a raw sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from data.make.sentences import spoken, transcript
+from data.shards import Sample as RawSample
+from data.shards import Source, open_source
+from data.speech import open_speech
+from mm.languages import asr_prompt, ast_prompt
+from mm.train.config import SourceConfig
+
+#: What the user says after a recording, given the language of the text; nothing where speech is to be answered.
+PROMPTS: Mapping[str | None, Callable[[str], str] | None] = {"asr": asr_prompt, "translation": ast_prompt}
+
+
+def open_training_source(source: SourceConfig, *, hears: bool) -> Source:
+    """Opens pictures, or recordings for a stage that hears.
+
+    Raises:
+        ValueError: a missing or unsuitable file, by name.
+    """
+    if not hears:
+        return open_source(source.path, name=source.name, image_folder=source.image_folder)
+    prompt = PROMPTS.get(source.task)
+    return open_speech(source.path, source.format, name=source.name, language=source.language, prompt=prompt)
+
+
+def as_caption(raw: RawSample) -> list[dict[str, Any]]:
+    """The sample's pictures with its caption, whatever else was asked about them."""
+    if raw.caption is None or not raw.caption.strip():
+        raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no caption (.txt), which style plain needs")
+    pictures = [{"type": "image", "image": picture} for picture in media_of(raw, "image")]
+    caption = {"role": "assistant", "content": [{"type": "text", "text": raw.caption.strip()}]}
+    return [{"role": "user", "content": pictures}, caption]
+
+
+def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """A sample's messages without its last answer, and that answer.
+
+    Raises:
+        ValueError: the assistant does not speak last.
+    """
+    *before, last = messages
+    if last["role"] != "assistant":
+        raise ValueError(f"sample {raw.key!r} of {raw.source!r} does not end with an answer")
+    return before, _text(last)
+
+
+def last_question(raw: RawSample) -> str:
+    """The text of the user's last turn."""
+    turns = [message for message in raw.messages if message["role"] == "user"]
+    return _text(turns[-1]) if turns else ""
+
+
+def media_of(raw: RawSample, kind: str) -> list[Any]:
+    """A sample's encoded pictures ("image") or recordings ("audio") in reading order."""
+    contents = [message["content"] for message in raw.messages]
+    return [part[kind] for content in contents for part in content if part["type"] == kind]
+
+
+def recording_of(raw: RawSample) -> Any:
+    """The one recording of a sample that is nothing else.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    recordings = media_of(raw, "audio")
+    if len(recordings) != 1:
+        raise ValueError(f"the sample has {len(recordings)} recordings; this stage learns from samples with one")
+    return recordings[0]
+
+
+def spelling_of(raw: RawSample) -> str:
+    """The transcript in the alphabet of `speech.ctc`: English in lower case, numbers in words, without punctuation.
+
+    Raises:
+        ValueError: there is no transcript, or it has what no one knows the sound of, such as symbols, or foreign letters.
+    """
+    text = raw.metadata.get("transcript") or raw.caption
+    if not text:
+        raise ValueError("the sample has no transcript")
+    said = spoken(text)
+    if said is None:
+        raise ValueError(f"the transcript {text!r} cannot be spelt with a-z, space and apostrophe")
+    return transcript(said)
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
