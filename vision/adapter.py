@@ -1,13 +1,15 @@
 """Image adapter: gated cross-attention from text to picture features, beside an untouched language model (section 7.2).
 
+`CrossAdapter` is what every adapter of this kind shares; `ImageAdapter` fills it with pictures, `video.adapter` with clips.
+
 Shape letters: B rows, T tokens of this call, D LM width, H heads, G kv heads, K head width, P pictures (of all rows),
-N tiles of a picture, L tokens of a tile, F feature width, M memory tokens of a row, X real tiles (of all rows).
+N tiles of a picture, L tokens of a tile, F feature width, M memory tokens of a row, W memory width, X real tiles (of all rows).
 Masks are boolean, True = may attend. Block parameter names are those of Hugging Face's Mllama cross-attention layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,8 +38,8 @@ def cross_layers(n_layers: int, n_blocks: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageAdapterConfig:
-    """Shape of the image adapter (section 7.2); attention has the language model's heads.
+class CrossAdapterConfig:
+    """Shape of gated cross-attention blocks beside a language model.
 
     Attributes:
         feature_dim: width of the image encoder's output (7680 in the paper).
@@ -59,6 +61,16 @@ class ImageAdapterConfig:
             raise ValueError(f"layers must be ascending LM layer indices, at least one, got {self.layers}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+
+    @property
+    def memory_dim(self) -> int:
+        """Width of the projected features that keys and values are made of."""
+        return self.lm_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAdapterConfig(CrossAdapterConfig):
+    """Shape of the image adapter (section 7.2); attention has the language model's heads."""
 
     @classmethod
     def for_lm(
@@ -85,7 +97,7 @@ def picture_spans(row_P: Tensor, position_P: Tensor) -> tuple[Tensor, Tensor]:
     """Text positions of its row that see each picture, `start_P <= position < end_P` (Llama 3.2 Vision's rule).
 
     A picture is seen from its own token up to the next picture of its row. Pictures without a token between them share
-    the end of the last one, so the text after them sees them all.
+    the end of the last one, so the text after them sees them all. Clips, among themselves, follow the same rule.
 
     Args:
         row_P: row of each picture's token.
@@ -104,7 +116,7 @@ def picture_spans(row_P: Tensor, position_P: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossMemory:
-    """Keys and values of a batch's pictures for every block; computed once, read by every chunk and decode step.
+    """Keys and values of a batch's pictures (or clips) for every block; computed once, read by every chunk and decode step.
 
     Attributes:
         kv: LM layer index -> keys and values, each `(B, G, M, K)`.
@@ -119,18 +131,18 @@ class CrossMemory:
 class CrossAttention(nn.Module):
     """Grouped-query attention from text to memory, with normalised queries and keys and without positions."""
 
-    def __init__(self, config: ImageAdapterConfig) -> None:
+    def __init__(self, config: CrossAdapterConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.lm_dim, config.n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.lm_dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.lm_dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.memory_dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.memory_dim, config.n_kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.lm_dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `(..., G, K)` of projected picture tokens `(..., D)`."""
+        """Keys and values `(..., G, K)` of projected tokens `(..., W)`."""
         k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         return self.k_norm(k), v
 
@@ -143,7 +155,7 @@ class CrossAttention(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """Cross-attention and feed-forward, each behind a tanh gate that starts at zero, so a new block changes nothing."""
 
-    def __init__(self, config: ImageAdapterConfig) -> None:
+    def __init__(self, config: CrossAdapterConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.lm_dim, config.norm_eps)
         self.cross_attn = CrossAttention(config)
@@ -153,13 +165,13 @@ class CrossAttentionBlock(nn.Module):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, h_BTD: Tensor, *, kv: tuple[Tensor, Tensor], mask_B1TM: Tensor, sees_BT1: Tensor) -> Tensor:
-        """Adds what the pictures say to the tokens that see one.
+        """Adds what the memory says to the tokens that see any of it.
 
         Args:
             h_BTD: LM hidden states.
             kv: this block's keys and values `(B, G, M, K)`.
             mask_B1TM: memory tokens that a text token sees; not empty in any line.
-            sees_BT1: tokens that see a picture; the others come back bit for bit.
+            sees_BT1: tokens that see something; the others come back bit for bit.
         """
         # The gates in the residual's dtype: an FP32 gate beside a bf16 LM would promote every later layer to FP32.
         attn_gate, mlp_gate = (
@@ -170,13 +182,12 @@ class CrossAttentionBlock(nn.Module):
         return torch.where(sees_BT1, x_BTD, h_BTD)
 
 
-class ImageAdapter(nn.Module):
-    """Projection of picture features and the cross-attention blocks, keyed by LM layer index."""
+class CrossAdapter(nn.Module):
+    """Projection of the encoder's features and the cross-attention blocks, keyed by LM layer index."""
 
-    def __init__(self, config: ImageAdapterConfig) -> None:
+    def __init__(self, config: CrossAdapterConfig) -> None:
         super().__init__()
-        self.config = config
-        self.projection = nn.Linear(config.feature_dim, config.lm_dim)
+        self.projection = nn.Linear(config.feature_dim, config.memory_dim)
         self.blocks = nn.ModuleDict({str(layer): CrossAttentionBlock(config) for layer in config.layers})
 
     def layer_blocks(self) -> Iterator[tuple[int, CrossAttentionBlock]]:
@@ -185,25 +196,18 @@ class ImageAdapter(nn.Module):
             assert isinstance(block, CrossAttentionBlock)
             yield int(layer), block
 
-    def memory(
-        self, features_PNLF: Tensor, pictures: Pictures, *, row_P: Tensor, position_P: Tensor, n_rows: int
+    def remember(
+        self, x_XLW: Tensor, picture_X: Tensor, *, row_P: Tensor, position_P: Tensor, n_rows: int
     ) -> CrossMemory:
-        """Projects the features and computes every block's keys and values, of real tiles only.
+        """Every block's keys and values, packed row by row.
 
         Args:
-            features_PNLF: output of the image encoder.
-            pictures: what was encoded; tells real tiles from padding.
+            x_XLW: projected tokens of all real tiles, in order.
+            picture_X: the picture (or clip) that each tile belongs to.
             row_P: row of each picture's token.
             position_P: index of that token in its row, not counting padding.
             n_rows: rows of the batch, with and without pictures.
         """
-        valid_PN = pictures.valid_PN
-        if not len(valid_PN) == len(row_P) == len(position_P):
-            raise ValueError(
-                f"pictures: {len(valid_PN)} pictures for {len(row_P)} picture tokens; give one token per picture"
-            )
-        x_XLD = self.projection(features_PNLF[valid_PN])
-        picture_X = valid_PN.nonzero()[:, 0]
         row_X = row_P[picture_X]
         slot_X = (row_X[:, None] == row_X).tril(-1).sum(1)  # rank of a tile among its row's
         n_slots = int(slot_X.max()) + 1
@@ -216,9 +220,9 @@ class ImageAdapter(nn.Module):
 
         kv = {}
         for layer, block in self.layer_blocks():
-            k_XLGK, v_XLGK = block.cross_attn.keys_values(x_XLD)
+            k_XLGK, v_XLGK = block.cross_attn.keys_values(x_XLW)
             kv[layer] = pack(k_XLGK).transpose(1, 2), pack(v_XLGK).transpose(1, 2)
-        n_tokens = x_XLD.shape[1]
+        n_tokens = x_XLW.shape[1]
         start_BM, end_BM = (pack(x_P[picture_X, None].expand(-1, n_tokens)) for x_P in picture_spans(row_P, position_P))
         return CrossMemory(kv=kv, start_BM=start_BM, end_BM=end_BM)
 
@@ -226,7 +230,7 @@ class ImageAdapter(nn.Module):
         """What `Llama.hidden` runs before each layer for the tokens of one call.
 
         Args:
-            memory: of the batch's pictures.
+            memory: what the tokens may look at.
             position_BT: index of each token in its row, not counting padding; -1 for padding.
         """
         position_BT1 = position_BT[..., None]
@@ -258,3 +262,44 @@ class ImageAdapter(nn.Module):
             layer: (block.cross_attn_attn_gate.tanh().item(), block.cross_attn_mlp_gate.tanh().item())
             for layer, block in self.layer_blocks()
         }
+
+
+def chain_adapters(*adapters: Adapters) -> Adapters:
+    """One set of adapters that runs several; before a layer that more than one has, in the order given here."""
+    chained: dict[int, Callable[[Tensor], Tensor]] = {}
+    for layer, run in (item for each in adapters for item in each.items()):
+        chained[layer] = partial(_run_both, chained[layer], run) if layer in chained else run
+    return chained
+
+
+def _run_both(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], h_BTD: Tensor) -> Tensor:
+    return second(first(h_BTD))
+
+
+class ImageAdapter(CrossAdapter):
+    """Cross-attention to pictures."""
+
+    def __init__(self, config: ImageAdapterConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def memory(
+        self, features_PNLF: Tensor, pictures: Pictures, *, row_P: Tensor, position_P: Tensor, n_rows: int
+    ) -> CrossMemory:
+        """Projects the features and computes every block's keys and values, of real tiles only.
+
+        Args:
+            features_PNLF: output of the image encoder.
+            pictures: what was encoded; tells real tiles from padding.
+            row_P: row of each picture's token.
+            position_P: index of that token in its row, not counting padding.
+            n_rows: rows of the batch, with and without pictures.
+        """
+        valid_PN = pictures.valid_PN
+        if not len(valid_PN) == len(row_P) == len(position_P):
+            raise ValueError(
+                f"pictures: {len(valid_PN)} pictures for {len(row_P)} picture tokens; give one token per picture"
+            )
+        x_XLW = self.projection(features_PNLF[valid_PN])
+        picture_X = valid_PN.nonzero()[:, 0]
+        return self.remember(x_XLW, picture_X, row_P=row_P, position_P=position_P, n_rows=n_rows)

@@ -1,0 +1,1 @@
+"""Video: frames -> effective frames -> video cross-attention."""

@@ -1,0 +1,131 @@
+"""Video adapter: gated cross-attention from text to the effective frames of clips, before some image blocks (section 7.2).
+
+Frames are encoded as pictures are, projected, merged by the temporal aggregator, and then seen as pictures are: a token sees the
+latest clip at or before it, whatever pictures come between.
+
+Shape letters: V clips of all rows, P frames of all clips, E effective frames of all clips, N tiles of a frame, L tokens of a tile,
+F feature width, W aggregator width, X real tiles of all effective frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm.config import LlamaConfig
+from video.aggregator import AggregatorConfig, TemporalAggregator
+from video.clips import Clips
+from vision.adapter import CrossAdapter, CrossAdapterConfig, CrossMemory, ImageAdapterConfig
+from vision.encoder import ImageEncoderConfig
+
+#: Sizes by name: every how many image blocks there is a video block, changes to the image blocks' shape, and the aggregator's
+#: shape, as wide as the language model where no width is given.
+#:
+#: Of the paper's we know the sums, 0.6B beside the 8B and 4.6B beside the 70B. Two and five blocks as large as image blocks take
+#: 0.436B and 4.278B; the rest, about 0.16B and 0.32B, grows with the language model's width and not with its square. So the tokens
+#: are as wide as the language model's, while attention and FFN inside the aggregator are as wide as the ViT-H/14, whose heads it
+#: has; with the three layers of Idefics2's resampler and tiles of 448 pixels that gives 0.595B and 4.595B.
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": {
+        "every": 1,
+        "blocks": {},
+        "aggregator": {
+            "width": 24, "n_layers": 2, "n_heads": 3, "head_dim": 8, "ffn_dim": 32, "max_tiles": 2, "factor": 4,
+            "n_time_steps": 8,
+        },
+    },
+    "bundled": {  # 3.4M parameters: three blocks, which every fourth of seven image blocks would not give
+        "every": 2,
+        "blocks": {"ffn_dim": 64},
+        "aggregator": {
+            "width": 192, "n_layers": 2, "n_heads": 6, "head_dim": 32, "ffn_dim": 320, "max_tiles": 1,
+        },
+    },
+    "paper": {
+        "every": 4,
+        "blocks": {},
+        "aggregator": {"n_layers": 3, "n_heads": 16, "head_dim": 80, "ffn_dim": 1280, "max_tiles": 4},
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoAdapterConfig(CrossAdapterConfig):
+    """Shape of the video adapter (section 7.2).
+
+    Attributes:
+        aggregator: shape of the temporal aggregator; its `max_tiles` says into how many tiles a frame is cut at most.
+    """
+
+    aggregator: AggregatorConfig
+
+    @property
+    def memory_dim(self) -> int:
+        """Width of the effective frames."""
+        return self.aggregator.width
+
+    @classmethod
+    def for_lm(
+        cls, lm: LlamaConfig, image: ImageAdapterConfig, encoder: ImageEncoderConfig, preset: str = "paper"
+    ) -> VideoAdapterConfig:
+        """An adapter beside a language model and its image adapter, in one of the sizes of `PRESETS`.
+
+        Blocks run before every k-th image block, in the paper the fourth, the eighth, and so on.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        size = PRESETS[preset]
+        layers = image.layers[size["every"] - 1 :: size["every"]]
+        if not layers:
+            raise ValueError(
+                f"preset {preset!r} puts a video block before every {size['every']}th image block, but there are only "
+                f"{len(image.layers)}; give the image adapter more blocks"
+            )
+        aggregator = AggregatorConfig(
+            **{"width": lm.dim, "n_tokens": encoder.n_tokens, "norm_eps": lm.norm_eps} | size["aggregator"]
+        )
+        shape = {field.name: getattr(image, field.name) for field in dataclasses.fields(CrossAdapterConfig)}
+        return cls(**shape | size["blocks"] | {"layers": layers}, aggregator=aggregator)
+
+
+class VideoAdapter(CrossAdapter):
+    """Cross-attention to clips, through the temporal aggregator."""
+
+    def __init__(self, config: VideoAdapterConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.aggregator = TemporalAggregator(config.aggregator)
+
+    def memory(
+        self, features_PNLF: Tensor, clips: Clips, *, row_V: Tensor, position_V: Tensor, n_rows: int
+    ) -> CrossMemory:
+        """Projects and aggregates the features, and computes every block's keys and values, of real tiles only.
+
+        Args:
+            features_PNLF: output of the image encoder for `clips.frames`.
+            clips: what was encoded.
+            row_V: row of each clip's token.
+            position_V: index of that token in its row, not counting padding.
+            n_rows: rows of the batch, with and without clips.
+        """
+        if not len(clips) == len(row_V) == len(position_V):
+            raise ValueError(f"clips: {len(clips)} clips for {len(row_V)} clip tokens; give one token per clip")
+        x_ENLW, n_effective_V = self.aggregator(self.projection(features_PNLF), clips)
+        clip_E = torch.arange(len(clips), device=n_effective_V.device).repeat_interleave(n_effective_V)
+        valid_EN = clips.valid_VN[clip_E]
+        clip_X = clip_E[valid_EN.nonzero()[:, 0]]
+        return self.remember(x_ENLW[valid_EN], clip_X, row_P=row_V, position_P=position_V, n_rows=n_rows)
+
+    def resize(self, grid_size: int) -> None:
+        """Follows the image encoder to tiles of `grid_size` x `grid_size` patches."""
+        self.aggregator.resize(grid_size)
+        self.config = dataclasses.replace(self.config, aggregator=self.aggregator.config)
+
+    def regroup(self, factor: int) -> None:
+        """Changes how many frames become one: 16 in pre-training, 32 in finetuning (7.5.2)."""
+        self.aggregator.regroup(factor)
+        self.config = dataclasses.replace(self.config, aggregator=self.aggregator.config)
