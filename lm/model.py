@@ -100,6 +100,24 @@ class KVCache:
         self.length += n_tokens
 
 
+class SharedPrefix(KVCache):
+    """One row's cache as the beginning of every row of a single call, through which gradients may flow.
+
+    Args:
+        cache: of one row; it is not written to.
+        batch_size: rows that begin with it.
+    """
+
+    def __init__(self, cache: KVCache, batch_size: int) -> None:
+        self.length = cache.length
+        self.k = cache.k[:, :, :, : self.length].expand(-1, batch_size, -1, -1, -1)
+        self.v = cache.v[:, :, :, : self.length].expand(-1, batch_size, -1, -1, -1)
+
+    def write(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """This call's keys and values behind those of the prefix; nothing is stored."""
+        return torch.cat([self.k[layer], k_BGTK], dim=2), torch.cat([self.v[layer], v_BGTK], dim=2)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
