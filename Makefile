@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all their set-up in a fresh virtual environment; they need Python >= 3.11 and a package index.
 #
-#   make demo                     the bundled model answers questions about the pictures in examples/
+#   make demo                     the bundled model answers questions about what is in examples/
 #   make test                     the whole test suite
 #   make lint                     formatting, linting and types, as pre-commit does
 #   make test PYTHON=python3.12   with another interpreter

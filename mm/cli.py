@@ -122,7 +122,7 @@ def _check_stage(stage: str) -> None:
 
 @app.command()
 def demo(model: Model = "bundled") -> None:
-    """Answers questions about the pictures in examples/.
+    """Answers questions about the pictures and recordings in examples/.
 
     Example: `mm demo`
     """

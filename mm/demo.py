@@ -1,9 +1,10 @@
-"""`mm demo`: the bundled model answers questions about the pictures in examples/."""
+"""`mm demo`: the bundled model answers questions about the pictures and recordings in examples/."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -13,13 +14,15 @@ from mm.generate import Done, TextDelta
 from mm.model import MultimodalLlama
 from mm.params import count_parts
 
-#: Pictures and `questions.json`, in the repository beside the package.
+#: Media and `questions.json`, in the repository beside the package.
 EXAMPLES = Path(__file__).parents[1] / "examples"
+#: Kinds of media, as `generate` names them.
+MEDIA = ("image", "audio")
 TEXT_QUESTION = "What is the capital of France?"
 
 
 def main(model: str = "bundled", examples: Path = EXAMPLES) -> None:
-    """Loads a model, asks it every question of `examples/questions.json` and one without a picture, and prints all.
+    """Loads a model, asks it every question of `examples/questions.json` and one without a medium, and prints all.
 
     Raises:
         ValueError: the examples or the model are not there.
@@ -34,23 +37,25 @@ def main(model: str = "bundled", examples: Path = EXAMPLES) -> None:
     n_parameters = sum(count_parts(loaded).values())
     seconds = time.perf_counter() - started
     console.print(f"{n_parameters / 1e6:.0f}M parameters on {loaded.device}, loaded in {seconds:.1f} s.")
-    picture = ""
+    shown: Path | None = None
     for entry in json.loads(questions_file.read_text(encoding="utf-8")):
-        if entry["picture"] != picture:
-            picture = entry["picture"]
-            console.print(f"\n[bold]{escape(f'{examples.name}/{picture}')}[/]")
-        _ask(console, loaded, entry["question"], image=examples / picture, right=entry["answer"])
-    console.print("\n[bold]no picture[/]")
-    _ask(console, loaded, TEXT_QUESTION)
+        (kind,) = (kind for kind in MEDIA if kind in entry)
+        path = examples / entry[kind]
+        if path != shown:
+            shown = path
+            console.print(f"\n[bold]{escape(f'{examples.name}/{path.name}')}[/]")
+        _ask(console, loaded, entry["question"], {kind: path}, right=entry["answer"])
+    console.print("\n[bold]text alone[/]")
+    _ask(console, loaded, TEXT_QUESTION, {})
 
 
 def _ask(
-    console: Console, model: MultimodalLlama, question: str, image: Path | None = None, right: str | None = None
+    console: Console, model: MultimodalLlama, question: str, media: Mapping[str, Path], right: str | None = None
 ) -> None:
     """Prints a question, its answer as it is made, and in grey what would be right."""
-    console.print(f"  {escape(question)}  ", end="")
+    console.print(f"  {escape(question or '(spoken)')}  ", end="")
     started = time.perf_counter()
-    for event in model.stream(question, image=image, max_new_tokens=48):
+    for event in model.stream(question or None, **media, max_new_tokens=48):
         match event:
             case TextDelta(text):
                 console.print(text, end="", style="green", markup=False)

@@ -114,10 +114,11 @@ def test_chat_remembers_turns_and_pictures_until_reset(debug: MultimodalLlama) -
     assert "missing.png" in result.stderr and "/dance is no command" in result.stderr
 
 
-def test_demo_asks_every_example_and_one_question_without_a_picture() -> None:
+def test_demo_asks_every_example_and_one_question_without_a_medium() -> None:
     text = mm("demo", "--model", "debug").stdout
-    assert all(f"examples/{picture.name}" in text for picture in EXAMPLES.glob("*.png"))
-    assert text.count("right: ") == 16 and "What is the capital of France?" in text
+    media = [file for suffix in ("png", "flac") for file in EXAMPLES.glob(f"*.{suffix}")]
+    assert len(media) == 8 and all(f"examples/{file.name}" in text for file in media)
+    assert text.count("right: ") == 18 and "What is the capital of France?" in text
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
