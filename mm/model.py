@@ -224,7 +224,7 @@ class MultimodalLlama(nn.Module):
 
         return generate(self, prompt, **kwargs)
 
-    def stream(self, prompt: str | list[dict[str, Any]], **kwargs: Any) -> Iterator[Event]:
+    def stream(self, prompt: str | list[dict[str, Any]] | None = None, **kwargs: Any) -> Iterator[Event]:
         """Answers as it is made; see `mm.generate.stream`."""
         from mm.generate import stream
 

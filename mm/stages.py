@@ -41,7 +41,7 @@ class LearningRates:
         stem: a hybrid encoder's convolutional backbone.
         adapter: projection and cross-attention blocks, or the speech adapter and the tokens that enclose speech.
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
-        head: what pre-training needs and no later stage: text tower and projections, codebook heads, letters.
+        head: what pre-training needs and no later stage: text tower and projections, codebook heads, CTC heads.
     """
 
     encoder: float = 0.0
@@ -75,15 +75,15 @@ class Stage:
 
     Attributes:
         trains: parts that train; all others are frozen.
-        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on transcripts, or "next-token" on
-            supervised tokens.
+        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
+            "token-ctc" on their tokens, or "next-token" on supervised tokens.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
 
     name: str
     trains: frozenset[str]
-    loss: Literal["contrastive", "best-rq", "ctc", "next-token"]
+    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token"]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
@@ -99,8 +99,9 @@ STAGES: dict[str, Stage] = {
         Stage(name="image-anneal", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
         Stage(name="speech-encoder", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),
-        # Not the paper's: a warm start for small budgets, and the probe of what pre-training is worth.
+        # Not the paper's: warm starts for small budgets, the first also the probe of what pre-training is worth.
         Stage(name="speech-ctc", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
+        Stage(name="speech-align", trains=frozenset({"speech_encoder", "speech_adapter", "head"}), loss="token-ctc"),
         Stage(name="speech", trains=_EARS, loss="next-token", masks_prompts=True),
     )
 }

@@ -1,21 +1,26 @@
-"""A linear head on the speech encoder that spells: the probe of what pre-training is worth, and a warm start for small budgets.
+"""Connectionist temporal classification: speech to letters, or to a language model's tokens.
 
-Connectionist temporal classification needs transcripts only, no alignment. The alphabet is that of plain lower-case English.
+It needs transcripts only, no alignment. `CTCProbe`, a linear head on the encoder, spells: the probe of what pre-training is worth,
+and a warm start for small budgets. `TokenCTC` goes on from there: the adapter writes the transcript in the embeddings that a
+frozen language model has for its tokens, which costs a fraction of running that model.
 
-Shape letters: B rows, T mel frames (10 ms), M mel bins, S encoder frames (40 ms), V letters and the blank.
+Shape letters: B rows, T mel frames (10 ms), M mel bins, S frames of the output, D width, V symbols and the blank.
 """
 
 from __future__ import annotations
 
+import math
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
 
 BLANK = 0
@@ -23,28 +28,54 @@ ALPHABET = " '" + string.ascii_lowercase  # index 0 is the blank, so letter i ha
 _ID = {letter: i for i, letter in enumerate(ALPHABET, start=1)}
 
 
-def spell(text: str) -> list[int]:
-    """Ids of a transcript's letters, case ignored.
+class Symbols(Protocol):
+    """What transcripts are written with; ids count from 1, because 0 is the blank."""
 
-    Raises:
-        ValueError: it holds something that is not spelt with the alphabet.
-    """
-    unknown = sorted(set(text.lower()) - _ID.keys())
-    if unknown:
-        raise ValueError(
-            f"text: {''.join(unknown)!r} in {text!r} is not in a-z, space and apostrophe; "
-            "spell numbers out and leave punctuation and accents away"
-        )
-    return [_ID[letter] for letter in text.lower()]
+    def __len__(self) -> int: ...
+
+    def spell(self, text: str) -> list[int]:
+        """Ids of a transcript.
+
+        Raises:
+            ValueError: it cannot be written with these symbols.
+        """
+
+    def read(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for."""
+
+
+class Letters:
+    """Plain lower-case English: a-z, space and apostrophe."""
+
+    def __len__(self) -> int:
+        return len(ALPHABET)
+
+    def spell(self, text: str) -> list[int]:
+        """Case is ignored."""
+        unknown = sorted(set(text.lower()) - _ID.keys())
+        if unknown:
+            raise ValueError(
+                f"text: {''.join(unknown)!r} in {text!r} is not in a-z, space and apostrophe; "
+                "spell numbers out and leave punctuation and accents away"
+            )
+        return [_ID[letter] for letter in text.lower()]
+
+    def read(self, ids: Sequence[int]) -> str:
+        return "".join(ALPHABET[i - 1] for i in ids)
+
+
+def n_frames_needed(ids: Sequence[int]) -> int:
+    """Output frames that a transcript takes at least: one for each symbol, and a blank between equal neighbours."""
+    return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
 class CTCOutput(NamedTuple):
-    """What a batch gives; a term is one letter (an empty transcript counts as one).
+    """What a batch gives; a term is one symbol (an empty transcript counts as one).
 
     Attributes:
-        loss_sum: negative log-likelihood of the transcripts, FP32.
-        n_terms: letters that it is the sum over.
-        n_too_short: utterances with fewer encoder frames than their transcript needs; they add no loss, no terms and no gradient.
+        loss_sum: negative log-likelihood of the transcripts; FP64, because its sums over alignments round in FP32.
+        n_terms: symbols that it is the sum over.
+        n_too_short: utterances with fewer frames than their transcript needs; they add no loss, no terms and no gradient.
     """
 
     loss_sum: Tensor
@@ -52,22 +83,20 @@ class CTCOutput(NamedTuple):
     n_too_short: int
 
 
-class CTCProbe(nn.Module):
-    """Speech to letters.
+class CTCModel(nn.Module, ABC):
+    """Speech to symbols.
 
-    Args:
-        encoder: pre-trained or new; whether it trains along is the stage's business.
+    Attributes:
+        symbols: what transcripts are written with.
+        stack: mel frames of one output frame.
     """
 
-    def __init__(self, encoder: Conformer) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.dim, 1 + len(ALPHABET))
+    symbols: Symbols
+    stack: int
 
+    @abstractmethod
     def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, S, V)` and the number of real encoder frames of each row, `(B,)`."""
-        h_BSD, n_B = self.encoder(mel_BTM, n_frames_B)
-        return self.head(h_BSD), n_B
+        """Logits `(B, S, V)` and the number of real output frames of each row, `(B,)`."""
 
     def loss(self, mel_BTM: Tensor, n_frames_B: Tensor, texts: Sequence[str]) -> CTCOutput:
         """Loss of a batch.
@@ -78,33 +107,93 @@ class CTCProbe(nn.Module):
             texts: a transcript for each row.
 
         Raises:
-            ValueError: a transcript holds something that is not in the alphabet, or there is not one for each row.
+            ValueError: a transcript cannot be written with the symbols, or there is not one for each row.
         """
         if len(texts) != len(mel_BTM):
             raise ValueError(f"texts: {len(texts)} transcripts for {len(mel_BTM)} utterances; give one for each")
-        letters = [spell(text) for text in texts]
+        spelt = [self.symbols.spell(text) for text in texts]
         logits_BSV, n_B = self(mel_BTM, n_frames_B)
-        # Equal letters in a row need a blank between them.
-        needs = [len(ids) + sum(a == b for a, b in pairwise(ids)) for ids in letters]
-        fits = [n >= need for n, need in zip(n_B.tolist(), needs, strict=True)]
+        fits = [n >= n_frames_needed(ids) for n, ids in zip(n_B.tolist(), spelt, strict=True)]
         loss_sum = F.ctc_loss(
-            logits_BSV.float().log_softmax(-1).transpose(0, 1),
-            torch.tensor([i for ids in letters for i in ids], dtype=torch.int64, device=logits_BSV.device),
+            logits_BSV.double().log_softmax(-1).transpose(0, 1),
+            torch.tensor([i for ids in spelt for i in ids], dtype=torch.int64, device=logits_BSV.device),
             n_B,
-            torch.tensor([len(ids) for ids in letters], device=n_B.device),
+            torch.tensor([len(ids) for ids in spelt], device=n_B.device),
             blank=BLANK,
             reduction="sum",
             zero_infinity=True,
         )
-        n_terms = sum(max(len(ids), 1) for ids, fit in zip(letters, fits, strict=True) if fit)
+        n_terms = sum(max(len(ids), 1) for ids, fit in zip(spelt, fits, strict=True) if fit)
         return CTCOutput(loss_sum, n_terms, fits.count(False))
 
     @torch.no_grad()
     def decode(self, mel_BTM: Tensor, n_frames_B: Tensor) -> list[str]:
-        """The best letter of every frame, repeats and blanks taken out."""
+        """The best symbol of every frame, repeats and blanks taken out."""
         logits_BSV, n_B = self(mel_BTM, n_frames_B)
         texts = []
         for best_S, n in zip(logits_BSV.argmax(-1), n_B.tolist(), strict=True):
             ids = torch.unique_consecutive(best_S[:n]).tolist()
-            texts.append("".join(ALPHABET[i - 1] for i in ids if i != BLANK))
+            texts.append(self.symbols.read([i for i in ids if i != BLANK]))
         return texts
+
+
+class CTCProbe(CTCModel):
+    """Speech to letters, every 40 ms.
+
+    Args:
+        encoder: pre-trained or new; whether it trains along is the stage's business.
+    """
+
+    def __init__(self, encoder: Conformer) -> None:
+        super().__init__()
+        self.symbols, self.stack = Letters(), encoder.config.stack
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.dim, 1 + len(self.symbols))
+
+    def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        h_BSD, n_B = self.encoder(mel_BTM, n_frames_B)
+        return self.head(h_BSD), n_B
+
+
+class EmbeddingHead(nn.Module):
+    """Scores of tokens by the embeddings that a language model has for them, and of a blank.
+
+    Args:
+        embeddings_VD: of the tokens, which stay as they are.
+    """
+
+    def __init__(self, embeddings_VD: Tensor) -> None:
+        super().__init__()
+        self.embeddings_VD: Tensor
+        self.register_buffer("embeddings_VD", embeddings_VD.detach().float(), persistent=False)
+        self.blank = nn.Parameter(torch.zeros(embeddings_VD.shape[1]))
+        # A frame that is exactly a token's embedding scores ten, so there is no need to grow beyond it.
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10 / self.embeddings_VD.square().sum(-1).mean().item())))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Logits `(B, S, 1 + V)`, the blank's first."""
+        return F.linear(x_BSD, torch.cat([self.blank[None], self.embeddings_VD])) * self.log_scale.exp()
+
+
+class TokenCTC(CTCModel):
+    """Speech to the tokens of a frozen language model, every 80 ms, by its own embeddings.
+
+    After it the adapter's output lies where the language model has the words that were said, which is a shorter way to its
+    understanding than its own loss finds on a small budget.
+
+    Args:
+        encoder, adapter: of the model that is to hear.
+        symbols: the tokens.
+        embeddings_VD: the language model's, of these tokens.
+    """
+
+    def __init__(self, encoder: Conformer, adapter: SpeechAdapter, symbols: Symbols, embeddings_VD: Tensor) -> None:
+        super().__init__()
+        assert len(symbols) == len(embeddings_VD)
+        self.symbols, self.stack = symbols, encoder.config.stack * adapter.config.stride
+        self.speech_encoder, self.speech_adapter = encoder, adapter
+        self.head = EmbeddingHead(embeddings_VD)
+
+    def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        x_BSD, n_B = self.speech_adapter(*self.speech_encoder(mel_BTM, n_frames_B))
+        return self.head(x_BSD), n_B

@@ -39,8 +39,8 @@ class ModelConfig:
         image: name of the new image part (`mm.config.IMAGE_PRESETS`).
         speech: name of the new ears (`mm.config.SPEECH_PRESETS`), for `lm`, or for an `init_from` that has none.
         encoder: in image-encoder, speech-encoder and speech-ctc the name of a shape (`vision.encoder.PRESETS`,
-            `speech.conformer.PRESETS`); in image-adapter an export of image-encoder; in speech-ctc and speech an export of
-            an earlier stage of speech.
+            `speech.conformer.PRESETS`); in image-adapter an export of image-encoder; in speech-ctc, speech-align and
+            speech an export of an earlier stage of speech.
         stem: name of pre-trained weights for a hybrid encoder's stem (`vision.pretrained`).
         open_gates: where the gates of the image part start, see `ImageAdapter.open_gates`; at zero, as released, when None.
         text: shape of the text tower of image-encoder.
@@ -137,7 +137,7 @@ class DataConfig:
         tile_size: side of a tile; the encoder's positions are interpolated to it. The model's own when None.
         window: batches whose samples are sorted by length together, so that batches need little padding.
         max_bad_fraction: the run stops once more of the samples than this had to be skipped.
-        augment: of `sources`, in speech-ctc and speech.
+        augment: of `sources`, in speech-ctc, speech-align and speech.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -221,6 +221,7 @@ MODEL_KEYS = {
     ("next-token", False): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
     ("best-rq", True): {"encoder", "best_rq"},
     ("ctc", True): {"encoder"},
+    ("token-ctc", True): {"init_from", "lm", "speech", "encoder"},
     ("next-token", True): {"init_from", "lm", "speech", "encoder"},
 }
 
@@ -263,7 +264,7 @@ class TrainConfig:
         model = self.model
         if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.hears]:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
-        if self.stage_spec.loss == "next-token":
+        if self.stage_spec.loss in ("next-token", "token-ctc"):
             self._check_whole_model()
         elif model.encoder is None:
             raise ValueError(f"model: stage {self.stage} trains an encoder alone; give its preset as model.encoder")
@@ -302,7 +303,7 @@ class TrainConfig:
             )
         if self.hears and self.data.tile_size:
             raise ValueError(f"data.tile_size: stage {self.stage} trains no image encoder; leave it out")
-        if self.data.augment != UNVARIED and not (asks or self.stage_spec.loss == "ctc"):
+        if self.data.augment != UNVARIED and not (asks or self.stage_spec.loss in ("ctc", "token-ctc")):
             raise ValueError(f"data.augment: stage {self.stage} does not vary its samples; leave it out")
         if self.stage_spec.loss == "contrastive" and self.optim.micro_batch_size not in (None, self.optim.batch_size):
             raise ValueError(

@@ -26,7 +26,7 @@ from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
 from mm.train.reading import as_caption, last_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
-from mm.train.spelling import Spelling
+from mm.train.spelling import Aligning, Spelling
 from vision.pretrained import init_stem
 
 
@@ -92,6 +92,8 @@ def make_objective(config: TrainConfig) -> Objective:
             return MaskedSpeech(config)
         case "ctc":
             return Spelling(config)
+        case "token-ctc":
+            return Aligning(config, load_model(config))
         case "next-token":
             return NextToken(config)
 

@@ -1,29 +1,33 @@
-"""Stage speech-ctc: the encoder spells what it hears; a warm start for small budgets, and the probe of pre-training.
+"""Stages of CTC, warm starts for small budgets: speech-ctc, where the encoder spells what it hears, which is also the probe of
+pre-training; and speech-align, where encoder and adapter write it in the language model's own embeddings.
 
 Shape letters: B rows, T mel frames (10 ms), M mel bins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
+from lm.tokenizer import Tokenizer
+from mm.model import MultimodalLlama
 from mm.processor import read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
 from mm.train.encoders import read_encoder, save_encoder
-from mm.train.reading import recording_of, spelling_of
+from mm.train.reading import open_training_source, recording_of, spelling_of
 from mm.train.showing import recognition_scores, share_right
 from speech.conformer import PRESETS, Conformer
-from speech.ctc import CTCProbe, spell
+from speech.ctc import CTCModel, CTCProbe, Symbols, TokenCTC, n_frames_needed
 from speech.features import FeaturesConfig, LogMel
 
 
@@ -51,8 +55,14 @@ class Utterances:
 
 @dataclass(frozen=True)
 class SpellingReader:
-    """Reads each sample as its recording and its spelling (`mm.train.reading.spelling_of`)."""
+    """Reads each sample as its recording and its spelling (`mm.train.reading.spelling_of`).
 
+    Attributes:
+        symbols: what spellings are written with in the end.
+        stack: mel frames for each of them, at least.
+    """
+
+    symbols: Symbols
     stack: int
     augment: AugmentConfig
     log_mel: LogMel = field(repr=False)
@@ -64,9 +74,7 @@ class SpellingReader:
         vary = self.augment if augment else UNVARIED
         text = self.answer(raw)
         mel_TM = vary.vary_mel(read_mel(recording_of(raw), self.log_mel, vary.vary_waveform))
-        letters = spell(text)
-        # One encoder frame for each letter, and a blank between equal ones.
-        if (n_needed := len(letters) + sum(a == b for a, b in pairwise(letters))) > -(-len(mel_TM) // self.stack):
+        if (n_needed := n_frames_needed(self.symbols.spell(text))) > -(-len(mel_TM) // self.stack):
             raise ValueError(
                 f"{len(mel_TM)} mel frames are too few to spell {text!r}, which needs {n_needed * self.stack}"
             )
@@ -76,7 +84,7 @@ class SpellingReader:
         return spelling_of(raw)
 
     def count(self, sample: Utterance) -> int:
-        return len(sample.text)
+        return len(self.symbols.spell(sample.text))
 
     def collate(self, samples: Sequence[Utterance]) -> Utterances:
         return Utterances(
@@ -94,15 +102,17 @@ class Spelling:
         source = config.model.encoder
         assert source is not None
         encoder = Conformer(PRESETS[source]()) if source in PRESETS else read_encoder(source, Conformer)
-        self.model = CTCProbe(encoder)
-        self.features = FeaturesConfig(n_mels=encoder.config.n_mels)
-        self.reader = SpellingReader(encoder.config.stack, config.data.augment, LogMel(self.features))
+        self._train(CTCProbe(encoder), encoder, FeaturesConfig(n_mels=encoder.config.n_mels), config)
+
+    def _train(self, model: CTCModel, encoder: Conformer, features: FeaturesConfig, config: TrainConfig) -> None:
+        self.model, self.encoder, self.features = model, encoder, features
+        self.reader = SpellingReader(model.symbols, model.stack, config.data.augment, LogMel(features))
 
     def loss(self, batch: Utterances) -> Tensor:
         return self.model.loss(batch.mel_BTM, batch.n_frames_B, batch.texts).loss_sum
 
     def n_tokens(self, batch: Utterances) -> int:
-        return int(self.model.encoder.config.n_outputs(batch.n_frames_B).sum())
+        return int(self.encoder.config.n_outputs(batch.n_frames_B).sum())
 
     def audio_seconds(self, batch: Utterances) -> float:
         return int(batch.n_frames_B.sum()) * self.features.hop / self.features.sample_rate
@@ -116,7 +126,7 @@ class Spelling:
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """The prediction is the greedy spelling."""
         utterances = [self.reader.prepare(raw) for raw in raws]
-        batch = self.reader.collate(utterances).to(self.model.head.weight.device)
+        batch = self.reader.collate(utterances).to(self.encoder.input_proj.weight.device)
         said = self.model.decode(batch.mel_BTM, batch.n_frames_B)
         rows = [
             Shown(mel_picture(utterance.mel_TM), raw.key, utterance.text, text)
@@ -125,4 +135,58 @@ class Spelling:
         return rows, share_right(rows) | recognition_scores(rows, ["English"])
 
     def export(self, directory: Path) -> None:
-        save_encoder(self.model.encoder, directory)
+        save_encoder(self.encoder, directory)
+
+
+class Tokens:
+    """The tokens of a language model that some transcripts are made of.
+
+    Args:
+        tokenizer: the language model's.
+        texts: the transcripts; others can be spelt if they have no other tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+        self.tokenizer = tokenizer
+        self.token_ids = sorted({token for text in texts for token in tokenizer.encode(text)})
+        self._id = {token: i for i, token in enumerate(self.token_ids, start=1)}
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def spell(self, text: str) -> list[int]:
+        tokens = self.tokenizer.encode(text)
+        if unknown := [token for token in tokens if token not in self._id]:
+            raise ValueError(f"text: {self.tokenizer.decode(unknown)!r} in {text!r} is in none of the transcripts")
+        return [self._id[token] for token in tokens]
+
+    def read(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([self.token_ids[i - 1] for i in ids])
+
+
+class Aligning(Spelling):
+    """A model's encoder and adapter, and the head that is thrown away.
+
+    Every transcript of the run is read once at the start, for the tokens that occur: over a whole vocabulary the head would take
+    most of the time.
+    """
+
+    def __init__(self, config: TrainConfig, whole: MultimodalLlama) -> None:
+        assert whole.speech_encoder is not None and whole.speech_adapter is not None and whole.config.speech is not None
+        self.whole = whole
+        tokens = Tokens(whole.processor.chat.tokenizer, _transcripts(config))
+        embeddings_VD = whole.lm.embed_tokens.weight[tokens.token_ids]
+        model = TokenCTC(whole.speech_encoder, whole.speech_adapter, tokens, embeddings_VD)
+        self._train(model, whole.speech_encoder, whole.config.speech.features, config)
+
+    def export(self, directory: Path) -> None:
+        self.whole.save_pretrained(directory)
+
+
+def _transcripts(config: TrainConfig) -> Iterator[str]:
+    """All transcripts that can be spelt; the others are the stream's to count."""
+    for source in (*config.data.sources, *config.data.heldout):
+        opened = open_training_source(source, hears=True)
+        for i in tqdm(range(len(opened)), desc=f"reading {source.name}", unit="transcript", leave=False, delay=2):
+            with suppress(ValueError):
+                yield spelling_of(opened[i])

@@ -7,6 +7,7 @@ import logging
 import runpy
 import sys
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from mm.train.trainer import Collate, Trainer, TrainingError
 from speech.conformer import PRESETS, Conformer
 
 RATE = 16000
-STAGES = ("speech-encoder", "speech-ctc", "speech")
+STAGES = ("speech-encoder", "speech-ctc", "speech-align", "speech")
 #: What recordings say, by their pitch in Hz; as many tenths of seconds, so that they differ in length.
 SAID = {310: (7, "one bee"), 530: (5, "go"), 1100: (11, "a new hat"), 2300: (13, "stop it now")}
 
@@ -79,6 +80,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "best_rq": {"mask_prob": 0.1, "mask_span": 7, "n_codebooks": 3, "codebook_size": 17, "code_dim": 5},
     },
     "speech-ctc": {"encoder": "debug"},
+    "speech-align": {"init_from": "debug"},
     "speech": {"init_from": "debug"},
 }
 
@@ -127,10 +129,13 @@ def test_a_step_moves_all_that_trains_and_nothing_else(stage: str, data: dict[st
     trainer.train_step(next(iter(trainer.stream)))
     changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == set(trainer.trained)
-    parts = {"speech-encoder": {"encoder", "heads"}, "speech-ctc": {"encoder", "head"}}
-    assert {name.partition(".")[0] for name in changed} == parts.get(
-        stage, {"speech_encoder", "speech_adapter", "new_tokens"}
-    )
+    parts = {
+        "speech-encoder": {"encoder", "heads"},
+        "speech-ctc": {"encoder", "head"},
+        "speech-align": {"speech_encoder", "speech_adapter", "head"},
+        "speech": {"speech_encoder", "speech_adapter", "new_tokens"},
+    }
+    assert {name.partition(".")[0] for name in changed} == parts[stage]
     if (
         stage == "speech"
     ):  # of the new tokens, only those that enclose speech: not the pictures', nor the one spoken over
@@ -155,7 +160,7 @@ def test_the_cut_into_micro_batches_changes_nothing(stage: str, data: dict[str, 
         assert error <= 1e-5 * torch.cat([grad.flatten() for grad in expected.values()]).norm()
 
 
-@pytest.mark.parametrize("stage", ["speech-encoder", "speech-ctc"])
+@pytest.mark.parametrize("stage", ["speech-encoder", "speech-ctc", "speech-align"])
 def test_the_terms_that_are_counted_are_those_of_the_loss(stage: str, data: dict[str, Any]) -> None:
     trainer = make_trainer(stage, data)
     batch = heldout_batch(trainer, 4)
@@ -195,10 +200,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage: str, data: dict[str,
         assert whole[-1][-1] == pytest.approx(4 * sum(tenths for tenths, _ in SAID.values()) / 36000)
 
 
-def test_ctc_memorises_four_tones(data: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["speech-ctc", "speech-align"])
+def test_ctc_memorises_four_tones(stage: str, data: dict[str, Any], tmp_path: Path) -> None:
     data["data"]["window"] = 1
-    data["optim"] |= {"steps": 90, "micro_batch_size": 4, "lr": {"encoder": 1e-2, "head": 1e-2}}
-    make_trainer("speech-ctc", data, log={"every": 1}).train()
+    data["optim"] |= {"steps": 90, "micro_batch_size": 4, "lr": {"encoder": 1e-2, "adapter": 1e-2, "head": 1e-2}}
+    make_trainer(stage, data, log={"every": 1}).train()
     first, *_, last = read_log(tmp_path / "run")
     assert last["heldout/loss"] < 0.1 < 1.0 < first["loss"]
     assert last["heldout/wer"] == last["heldout/cer"] == 0.0 and last["heldout/exact"] == 1.0
@@ -207,7 +213,7 @@ def test_ctc_memorises_four_tones(data: dict[str, Any], tmp_path: Path) -> None:
 def test_debug_ears_learn_to_listen(data: dict[str, Any], tmp_path: Path) -> None:
     """The answers become likely, and more so after the recording that they belong to than after another one."""
     data["data"]["window"] = 1
-    data["optim"] |= {"steps": 100, "micro_batch_size": 4, "lr": {"encoder": 3e-3, "adapter": 1e-2}}
+    data["optim"] |= {"steps": 150, "micro_batch_size": 4, "lr": {"encoder": 3e-3, "adapter": 1e-2}}
     trainer = make_trainer("speech", data, log={"every": 1})
     with torch.no_grad():  # a random model of the usual small weights hardly passes on what it is given
         for parameter in trainer.model.lm.parameters():
@@ -235,12 +241,13 @@ def test_the_stages_follow_each_other_through_their_scripts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """BEST-RQ -> CTC -> speech, each from the encoder that the one before exported, on a folder of FLAC files."""
+    """BEST-RQ -> CTC -> alignment -> speech, each from what the one before exported, on a folder of FLAC files."""
     source = {"path": str(librispeech), "format": "librispeech"}
     models = {
         "speech-encoder": MODELS["speech-encoder"],
         "speech-ctc": {"encoder": str(tmp_path / "speech-encoder" / "export")},
-        "speech": {"lm": "debug", "speech": "debug", "encoder": str(tmp_path / "speech-ctc" / "export")},
+        "speech-align": {"lm": "debug", "speech": "debug", "encoder": str(tmp_path / "speech-ctc" / "export")},
+        "speech": {"init_from": str(tmp_path / "speech-align" / "export")},
     }
     assert tuple(models) == STAGES
     for stage, model in models.items():
@@ -254,11 +261,13 @@ def test_the_stages_follow_each_other_through_their_scripts(
         runpy.run_module(script, run_name="__main__")
         assert f"exported {tmp_path / stage / 'export'}" in capsys.readouterr().out
     encoders = [load_file(tmp_path / stage / "export" / "encoder.safetensors") for stage in STAGES[:2]]
-    model = MultimodalLlama.from_pretrained(tmp_path / "speech" / "export")
-    assert model.speech_encoder is not None and model.image_encoder is None
-    for name, last in model.speech_encoder.state_dict().items():
-        first, second = (encoder[name] for encoder in encoders)
-        for before, after in ((first, second), (second, last)):  # it went on, and not from anew
+    aligned, model = (MultimodalLlama.from_pretrained(tmp_path / stage / "export") for stage in STAGES[2:])
+    assert model.image_encoder is None
+    for whole in (aligned, model):
+        assert whole.speech_encoder is not None
+        encoders.append(whole.speech_encoder.state_dict())
+    for name in encoders[0]:
+        for before, after in pairwise(encoder[name] for encoder in encoders):  # it went on, and not from anew
             assert not torch.equal(before, after) and (before - after).abs().max() < 0.01, name
     ids = torch.randint(256, (2, 11))
     frozen = load_llama("debug").bfloat16().float()  # as the run held it
@@ -306,6 +315,7 @@ def test_evaluation_repeats_exactly_and_changes_nothing(stage: str, data: dict[s
     known = {
         "speech-encoder": {"masked_accuracy"},
         "speech-ctc": {"exact", "wer", "cer"},
+        "speech-align": {"exact", "wer", "cer"},
         "speech": {"wer", "cer"},
     }
     assert scores.keys() == {f"heldout/{name}" for name in {"loss"} | known[stage]}

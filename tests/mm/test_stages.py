@@ -11,7 +11,7 @@ from mm.stages import STAGES, LearningRates, apply, part_of
 from speech.bestrq import BestRQ, BestRQConfig
 from speech.conformer import PRESETS as CONFORMERS
 from speech.conformer import Conformer
-from speech.ctc import CTCProbe
+from speech.ctc import CTCProbe, Letters, TokenCTC
 from vision.contrastive import ContrastiveModel, TextTowerConfig
 from vision.encoder import PRESETS, ImageEncoder
 
@@ -26,6 +26,7 @@ MATRIX = {
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
     "speech-encoder": {"speech_encoder", "head"},
     "speech-ctc": {"speech_encoder", "head"},
+    "speech-align": {"speech_encoder", "speech_adapter", "head"},
     "speech": {"speech_encoder", "speech_adapter", "new_tokens"},
 }
 
@@ -37,6 +38,10 @@ def model_of(stage: str) -> nn.Module:
         return BestRQ(Conformer(CONFORMERS["debug"]()), BestRQConfig(n_codebooks=2, codebook_size=7, code_dim=3))
     if stage == "speech-ctc":
         return CTCProbe(Conformer(CONFORMERS["debug"]()))
+    if stage == "speech-align":
+        whole = debug_model()
+        assert whole.speech_encoder is not None and whole.speech_adapter is not None
+        return TokenCTC(whole.speech_encoder, whole.speech_adapter, Letters(), whole.lm.embed_tokens.weight[:28])
     return debug_model()
 
 

@@ -181,7 +181,8 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     config = load_config(path.with_name(path.stem + suffix + ".yaml"))
     assert config.stage == stage and config.data.heldout
     rates = config.optim.lr
-    parts = {"image-encoder": "", "speech-encoder": "head", "speech-ctc": "head", "speech": "adapter"}
+    parts = {"image-encoder": "", "speech-encoder": "head", "speech-ctc": "head"}
+    parts |= {"speech-align": "adapter head", "speech": "adapter"}
     assert rates.encoder > 0 and all(getattr(rates, part) > 0 for part in parts.get(stage, "adapter gates").split())
 
 

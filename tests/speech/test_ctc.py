@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import Wav2Vec2CTCTokenizer
 
+from speech.adapter import SpeechAdapter, SpeechAdapterConfig
 from speech.conformer import Conformer, ConformerConfig
-from speech.ctc import ALPHABET, BLANK, CTCProbe, spell
+from speech.ctc import ALPHABET, BLANK, CTCProbe, Letters, TokenCTC
 
 ENCODER = ConformerConfig(n_mels=5, dim=12, n_layers=1, n_heads=3, ffn_dim=19)
+spell = Letters().spell
 N_FRAMES = torch.tensor([19, 14, 7])  # 5, 4 and 2 encoder frames
 
 
@@ -115,3 +117,20 @@ def test_memorises(probe):
         assert all(p.grad is not None and p.grad.any() for p in probe.parameters())
         optimizer.step()
     assert probe.decode(mel_BTM, n_frames_B) == texts
+
+
+def test_tokens_are_scored_by_the_language_models_own_embeddings(mel_BTM):
+    """A frame that is a token's embedding has that token for its best; the embeddings neither train nor are saved."""
+    encoder = Conformer(ENCODER)
+    config = SpeechAdapterConfig(encoder_dim=ENCODER.dim, lm_dim=31, dim=20, ffn_dim=17, n_heads=2)
+    table_VD = torch.randn(len(ALPHABET), 31, generator=torch.Generator().manual_seed(4)) * 0.05
+    model = TokenCTC(encoder, SpeechAdapter(config), Letters(), table_VD)
+    scores = model.head(table_VD[None])[0].detach()
+    assert (scores.argmax(-1) - 1).tolist() == list(range(len(ALPHABET)))
+    assert scores.diag(1).mean() == pytest.approx(10, rel=1e-4) and not scores[:, BLANK].any()
+    assert (
+        {name for name, _ in model.head.named_parameters()} == model.head.state_dict().keys() == {"blank", "log_scale"}
+    )
+    logits_BSV, n_B = model(mel_BTM, N_FRAMES)
+    assert n_B.tolist() == [3, 2, 1] and logits_BSV.shape == (3, 3, 1 + len(ALPHABET))
+    assert model.stack == 8 and model.loss(mel_BTM, N_FRAMES, ["abc", "ab", "ab"]).n_too_short == 1
