@@ -89,6 +89,17 @@ def read_mel(source: Any, log_mel: LogMel, augment: Callable[[Tensor], Tensor] =
     return mel_1TM[0]
 
 
+def pad_frames(recordings: Sequence[Tensor], multiple: int = 64) -> Tensor:
+    """Stacks recordings `(T, ...)`, filled with zeros to one length.
+
+    It is a multiple of `multiple`, so that from batch to batch few shapes occur: a memory allocator that keeps what it was given
+    would otherwise keep something for each of hundreds.
+    """
+    padded = pad_sequence(list(recordings), batch_first=True)
+    n_missing = -padded.shape[1] % multiple
+    return torch.cat([padded, padded.new_zeros(len(padded), n_missing, *padded.shape[2:])], dim=1)
+
+
 class Processor:
     """Turns messages into samples and batches, for one chat format and one model's eyes and ears.
 
@@ -202,7 +213,7 @@ class Processor:
             pictures=Pictures.collate(tiles, n_tiles=n_tiles) if tiles else None,
             picture_row_P=torch.tensor([i for i, s in enumerate(samples) for _ in s.tiles], dtype=torch.int64),
             picture_position_P=torch.tensor([p for s in samples for p in s.picture_positions], dtype=torch.int64),
-            mel_ATM=pad_sequence(clips, batch_first=True) if clips else None,
+            mel_ATM=pad_frames(clips) if clips else None,
             n_frames_A=torch.tensor([len(clip) for clip in clips]) if clips else None,
             keys=[sample.key for sample in samples],
         )

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
-from mm.processor import read_mel
+from mm.processor import pad_frames, read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.config import TrainConfig
 from mm.train.encoders import save_encoder
@@ -72,9 +71,9 @@ class MaskedReader:
 
     def collate(self, samples: Sequence[MaskedClip]) -> MaskedClips:
         return MaskedClips(
-            pad_sequence([clip.mel_TM for clip in samples], batch_first=True),
+            pad_frames([clip.mel_TM for clip in samples]),
             torch.tensor([len(clip.mel_TM) for clip in samples]),
-            pad_sequence([clip.mask_T for clip in samples], batch_first=True),
+            pad_frames([clip.mask_T for clip in samples]),
             [clip.key for clip in samples],
         )
 

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
 from lm.tokenizer import Tokenizer
 from mm.model import MultimodalLlama
-from mm.processor import read_mel
+from mm.processor import pad_frames, read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
 from mm.train.encoders import read_encoder, save_encoder
@@ -88,7 +87,7 @@ class SpellingReader:
 
     def collate(self, samples: Sequence[Utterance]) -> Utterances:
         return Utterances(
-            pad_sequence([utterance.mel_TM for utterance in samples], batch_first=True),
+            pad_frames([utterance.mel_TM for utterance in samples]),
             torch.tensor([len(utterance.mel_TM) for utterance in samples]),
             [utterance.text for utterance in samples],
             [utterance.key for utterance in samples],
