@@ -1,6 +1,6 @@
 """Contact sheets: pictures with the question, the right answer and what the model said, green where it is right.
 
-Recordings are drawn as spectrograms, clips as frames beside each other.
+Recordings are drawn as spectrograms, clips as some of their frames.
 """
 
 from __future__ import annotations
@@ -67,16 +67,6 @@ def mel_picture(mel_TM: Tensor, hidden_T: Tensor | None = None) -> Image.Image:
     if hidden_T is not None:
         colours_MTC[:, hidden_T.numpy()] = 0.2 * colours_MTC[:, hidden_T.numpy()] + 0.8
     return Image.fromarray((255 * colours_MTC).astype("uint8")).resize(MEL_SIZE)
-
-
-def clip_picture(frames: Sequence[Image.Image]) -> Image.Image:
-    """Frames of one size in reading order, in a square of as many as fit."""
-    columns = math.ceil(math.sqrt(len(frames)))
-    width, height = frames[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(frames) / columns) * height), "white")
-    for i, frame in enumerate(frames):
-        sheet.paste(frame, (i % columns * width, i // columns * height))
-    return sheet
 
 
 def _cell(shown: Shown) -> Image.Image:

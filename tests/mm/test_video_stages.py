@@ -21,7 +21,6 @@ from lm.checkpoint import load_llama
 from mm.checkpoint import compose, debug_model
 from mm.config import from_mapping
 from mm.model import MultimodalLlama
-from mm.sheet import clip_picture
 from mm.train.config import TrainConfig, default_path, load_config
 from mm.train.feature_cache import FeatureCache
 from mm.train.run_log import read_log
@@ -330,13 +329,6 @@ def test_a_bad_batch_is_saved_with_its_frames(data: dict[str, Any], tmp_path: Pa
     for i in (0, 1):
         n_frames_V, tiles = saved[f"{i}.clips.n_frames_V"], saved[f"{i}.clips.frames.tiles_PNCHW"]
         assert len(n_frames_V) == 2 and n_frames_V.sum() == len(tiles) and tiles.isfinite().all()
-
-
-def test_a_clip_is_drawn_as_frames_beside_each_other() -> None:
-    frames = [Image.new("RGB", (7, 5), colour) for colour in COLOURS.values()]
-    sheet = clip_picture(frames)
-    assert sheet.size == (14, 10)
-    assert [sheet.getpixel(place) for place in ((0, 0), (13, 4), (0, 9), (13, 9))] == [*COLOURS.values(), (255,) * 3]
 
 
 @pytest.mark.parametrize(
