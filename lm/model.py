@@ -180,17 +180,25 @@ class NewTokenRows(nn.Module):
     """Embeddings of tokens that the frozen table does not have; row `i` is the id `vocab_size + i`.
 
     They sit beside the table, as in Llama 3.2 Vision, so the table of the language model stays untouched.
+
+    Attributes:
+        frozen_rows: rows that get no gradient, so that those of one medium can train while the others stay as they are.
     """
 
     def __init__(self, n_rows: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n_rows, dim))
+        self.frozen_rows: tuple[int, ...] = ()
 
     def forward(self, ids_BT: Tensor, table: nn.Embedding) -> Tensor:
         """Embeds ids from the table, or from the new rows where an id lies beyond the table."""
         new_BT = ids_BT - table.num_embeddings
         known = table(ids_BT.clamp(max=table.num_embeddings - 1))
-        rows = F.embedding(new_BT.clamp(min=0), self.weight).to(known.dtype)
+        weight: Tensor = self.weight
+        if self.frozen_rows:
+            frozen = torch.tensor(self.frozen_rows, device=weight.device)
+            weight = weight.index_copy(0, frozen, weight.detach()[frozen])
+        rows = F.embedding(new_BT.clamp(min=0), weight).to(known.dtype)
         return torch.where((new_BT >= 0)[..., None], rows, known)
 
 

@@ -20,7 +20,7 @@ from lm import hub
 from lm.checkpoint import export_huggingface, load_llama, load_strict, read_json, read_meta_shards, read_safetensors
 from lm.config import PRESETS
 from lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from mm.config import ImageConfig, MultimodalConfig, add_speech, from_mapping, with_parts
+from mm.config import ImageConfig, MultimodalConfig, add_part, from_mapping, with_parts
 from mm.model import MultimodalLlama
 from vision import mllama
 from vision.tiling import PIXEL_MEAN, PIXEL_STD
@@ -94,53 +94,56 @@ def export_mllama(model: MultimodalLlama, directory: str | Path, layout: str) ->
 
 
 def compose(
-    lm_source: str | Path, image: str | None = None, speech: str | None = None, dtype: torch.dtype = torch.float32
+    lm_source: str | Path,
+    image: str | None = None,
+    speech: str | None = None,
+    video: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> MultimodalLlama:
-    """A language model with new parts of these names (`mm.config.IMAGE_PRESETS`, `SPEECH_PRESETS`).
+    """A language model with new parts of these names (`mm.config.IMAGE_PRESETS`, `SPEECH_PRESETS`, `VIDEO_PRESETS`).
 
-    The new parts are untrained. An image part's gates are zero, so the model answers as the language model alone.
+    The new parts are untrained. Gates of image and video parts are zero, so the model answers as the language model alone.
     """
     path = lm_source if lm_source == "debug" else hub.resolve(lm_source)
     lm = load_llama(lm_source, dtype=dtype)
     tokenizer = _find_tokenizer(path)
-    chat = _chat_of(tokenizer)
-    config = with_parts(lm.config, image=image, speech=speech, chat=chat, lm_source=str(lm_source))
+    config = MultimodalConfig(lm=lm.config, chat=_chat_of(tokenizer), lm_source=str(lm_source))
     model = MultimodalLlama(config, tokenizer, lm=lm)
-    _fit_new_ears(model)
+    for part, preset in (("image", image), ("speech", speech), ("video", video)):
+        if preset is not None:
+            model = give(model, part, preset)
     return model
 
 
-def give_ears(model: MultimodalLlama, preset: str) -> MultimodalLlama:
-    """The same model with a new, untrained speech part of this name (`mm.config.SPEECH_PRESETS`).
+def give(model: MultimodalLlama, part: str, preset: str) -> MultimodalLlama:
+    """The same model with one more part, untrained; what it has stays as it is.
+
+    Args:
+        part: "image", "speech" or "video".
+        preset: a name in `mm.config.IMAGE_PRESETS`, `SPEECH_PRESETS` or `VIDEO_PRESETS`.
 
     Raises:
-        ValueError: it has one already, or the name is unknown.
+        ValueError: it has such a part already, the name is unknown, or a part that it needs is missing.
     """
-    if model.config.speech is not None:
-        raise ValueError("speech: this model has a speech part already")
-    whole = MultimodalLlama(add_speech(model.config, preset), model.tokenizer, lm=model.lm)
-    for name in ("image_encoder", "image_adapter"):
-        setattr(whole, name, getattr(model, name))
+    whole = MultimodalLlama(add_part(model.config, part, preset), model.tokenizer, lm=model.lm)
+    for name, module in model.named_children():
+        if name != "new_tokens":
+            setattr(whole, name, module)
     if model.new_tokens is not None and whole.new_tokens is not None:
         with torch.no_grad():
             whole.new_tokens.weight[: len(model.new_tokens.weight)] = model.new_tokens.weight
-    _fit_new_ears(whole)
+    if part == "speech" and whole.speech_adapter is not None:
+        whole.speech_adapter.match_embeddings(whole.lm.embed_tokens.weight)  # as large as the language model's own
     return whole
 
 
-def _fit_new_ears(model: MultimodalLlama) -> None:
-    """Makes the embeddings of new ears as large as the language model's own."""
-    if model.speech_adapter is not None:
-        model.speech_adapter.match_embeddings(model.lm.embed_tokens.weight)
-
-
 def debug_model(seed: int = 0) -> MultimodalLlama:
-    """A random model under 1M parameters with every part, for tests. Its gates are open, so that pictures matter."""
+    """A random model under 1M parameters with every part, for tests. Its gates are open, so that pictures and clips matter."""
     with torch.random.fork_rng(
         devices=[]
     ):  # vectors keep what their modules draw, which must not differ from call to call
         torch.manual_seed(seed)
-        config = with_parts(PRESETS["debug"](), image="debug", speech="debug", chat="chatml")
+        config = with_parts(PRESETS["debug"](), image="debug", speech="debug", video="debug", chat="chatml")
         model = MultimodalLlama(config, ByteTokenizer())
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -84,7 +84,7 @@ TopP = Annotated[
     float | None, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Draws the same answer every time.")]
-Stage = Annotated[str, typer.Argument(help="`image-encoder`, `image-adapter`, `image-anneal` or `image-sft`.")]
+Stage = Annotated[str, typer.Argument(help="Such as `image-adapter`, `video` or `speech`; a wrong one lists them all.")]
 
 
 def _load(source: str, dtype: Dtype = Dtype.FLOAT32, device: str = "cpu") -> MultimodalLlama:
@@ -133,8 +133,9 @@ def demo(model: Model = "bundled") -> None:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask; may be left out when there is a picture or speech.")] = "",
+    prompt: Annotated[str, typer.Argument(help="What to ask; may be left out when there is a medium.")] = "",
     image: Annotated[list[Path] | None, typer.Option(help="A picture; repeat it for several.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A clip; repeat it for several.")] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A recording; repeat it for several.")] = None,
     model: Model = "bundled",
     max_new_tokens: MaxNewTokens = 256,
@@ -148,20 +149,19 @@ def generate(
     dtype: DtypeOption = Dtype.FLOAT32,
     device: Device = "cpu",
 ) -> None:
-    """Answers a prompt, with or without pictures and recordings, as the answer is made.
+    """Answers a prompt, with or without pictures, clips and recordings, as the answer is made.
 
     Example: `mm generate "How many circles are there?" --image examples/shapes.png`
     """
-    if not prompt and not image and not audio:
-        raise ValueError("prompt: give a prompt, an --image, an --audio, or several of these")
     # A broken one shows before the model is loaded.
-    pictures = [_open_medium("image", path) for path in image or ()]
-    clips = [_open_medium("audio", path) for path in audio or ()]
+    given = {"image": image, "video": video, "audio": audio}
+    media = {kind: [_open_medium(kind, path) for path in paths] for kind, paths in given.items() if paths}
+    if not prompt and not media:
+        raise ValueError("prompt: give a prompt, an --image, a --video, an --audio, or several of these")
     _stream(
         _load(model, dtype, device),
         prompt or None,
-        image=pictures or None,
-        audio=clips or None,
+        **media,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -174,17 +174,25 @@ def generate(
 
 
 def _open_medium(kind: str, path: Path) -> Any:
-    """A picture, or a waveform with its sample rate."""
+    """A picture, a waveform with its sample rate, or the path of a clip: how many of its frames are used, the model says."""
     from data.audio import SAMPLE_RATE, load_audio
     from data.images import load_image
+    from video.frames import load_frames
 
-    return load_image(path) if kind == "image" else (load_audio(path), SAMPLE_RATE)
+    match kind:
+        case "image":
+            return load_image(path)
+        case "video":
+            load_frames(path, max_frames=1)
+            return path
+        case _:
+            return load_audio(path), SAMPLE_RATE
 
 
 class Conversation:
-    """What was said in `mm chat`, and the pictures and recordings that wait for the next message."""
+    """What was said in `mm chat`, and the media that wait for the next message."""
 
-    HELP = "/image FILE and /audio FILE go with your next message, /reset starts anew, /quit ends"
+    HELP = "/image FILE, /video FILE and /audio FILE go with your next message, /reset starts anew, /quit ends"
 
     def __init__(self, model: MultimodalLlama, sampling: dict[str, Any]) -> None:
         self.model, self.sampling = model, sampling
@@ -201,7 +209,7 @@ class Conversation:
                 return False
             case "/reset":
                 self.messages, self.media = [], []
-            case "/image" | "/audio":
+            case "/image" | "/video" | "/audio":
                 kind = command[1:]
                 medium = _open_medium(kind, Path(argument.strip(" \"'")).expanduser())
                 self.media.append({"type": kind, kind: medium})
@@ -230,7 +238,7 @@ def chat(
 ) -> None:
     """Talks with a model, turn after turn.
 
-    /image FILE and /audio FILE go with the next message, /reset starts anew, /quit ends.
+    /image FILE, /video FILE and /audio FILE go with the next message, /reset starts anew, /quit ends.
 
     Example: `mm chat --temperature 0.7`
     """
@@ -270,12 +278,13 @@ def params(
         str | None, typer.Option(help="Image part to give a preset: `paper`, `bundled` or `debug`.")
     ] = None,
     speech: Annotated[str | None, typer.Option(help="Speech part to give a preset; the same names.")] = None,
+    video: Annotated[str | None, typer.Option(help="Video part to give a preset beside an image part.")] = None,
 ) -> None:
     """Counts the parameters of each part.
 
     Without arguments: the counts of the paper and of the released models, beside ours.
 
-    Example: `mm params llama3-405b --image paper --speech paper`
+    Example: `mm params llama3-405b --image paper --video paper --speech paper`
     """
     from lm.config import PRESETS
     from mm.params import claims_table, count_parts, paper_claims, parts_table, preset_model
@@ -283,10 +292,14 @@ def params(
     if source is None:
         view = claims_table(paper_claims())
     elif source in PRESETS:
-        given = [f"{kind} {name}" for kind, name in (("image", image), ("speech", speech)) if name is not None]
-        view = parts_table(" + ".join([source, *given]), count_parts(preset_model(source, image, speech)))
-    elif image is not None or speech is not None:
-        raise ValueError(f"image, speech: go with a preset ({', '.join(PRESETS)}); a checkpoint has its own parts")
+        given = {"image": image, "speech": speech, "video": video}
+        parts = {kind: name for kind, name in given.items() if name is not None}
+        title = " + ".join([source, *(f"{kind} {name}" for kind, name in parts.items())])
+        view = parts_table(title, count_parts(preset_model(source, **parts)))
+    elif image is not None or speech is not None or video is not None:
+        raise ValueError(
+            f"image, speech, video: go with a preset ({', '.join(PRESETS)}); a checkpoint has its own parts"
+        )
     else:
         view = parts_table(source, count_parts(_load(source)))
     Console().print(view)

@@ -14,6 +14,7 @@ from speech.adapter import SpeechAdapterConfig
 from speech.conformer import PRESETS as CONFORMER_PRESETS
 from speech.conformer import ConformerConfig
 from speech.features import FeaturesConfig
+from video.adapter import VideoAdapterConfig
 from vision.adapter import ImageAdapterConfig
 from vision.encoder import PRESETS as ENCODER_PRESETS
 from vision.encoder import ImageEncoderConfig
@@ -43,13 +44,35 @@ class SpeechConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """The video part: aggregator and cross-attention to clips, whose frames the image part encodes (section 7.2).
+
+    Attributes:
+        max_frames: most frames of a clip, sampled uniformly over it (16 in the paper's pre-training, 64 in its finetuning).
+    """
+
+    adapter: VideoAdapterConfig
+    max_frames: int
+
+    def __post_init__(self) -> None:
+        if self.max_frames < 1:
+            raise ValueError(f"max_frames must be at least 1, got {self.max_frames}")
+
+
+#: Kind of medium -> name of the part that takes it in.
+PART_OF_MEDIUM = {"image": "image", "audio": "speech", "video": "video"}
+_BLIND = "video: a model without an image part cannot look at frames; give it one first"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MultimodalConfig:
     """A language model and the parts beside it.
 
     Attributes:
         chat: name of the chat format, "llama3" or "chatml".
         n_new_tokens: rows embedded beside the frozen token table; row i is id `lm.vocab_size + i`.
-        media_ids: token id that stands for a medium in the text, by kind: for all of a picture, for each embedding of speech.
+        media_ids: token id that stands for a medium in the text, by kind: for all of a picture or clip, for each embedding of
+            speech.
         lm_source: where the language model is loaded from when it is not saved along.
     """
 
@@ -57,15 +80,17 @@ class MultimodalConfig:
     chat: str
     image: ImageConfig | None = None
     speech: SpeechConfig | None = None
+    video: VideoConfig | None = None
     n_new_tokens: int = 0
     media_ids: dict[str, int] = dataclasses.field(default_factory=dict)
     lm_source: str | None = None
 
     def __post_init__(self) -> None:
-        if self.image and "image" not in self.media_ids:
-            raise ValueError("media_ids: a model with an image part needs the id of its image token")
-        if self.speech and "audio" not in self.media_ids:
-            raise ValueError("media_ids: a model with a speech part needs the id of its audio token")
+        for medium, part in PART_OF_MEDIUM.items():
+            if getattr(self, part) and medium not in self.media_ids:
+                raise ValueError(f"media_ids: a model's {part} part needs the id of its {medium} token")
+        if self.video and not self.image:
+            raise ValueError(_BLIND)
         enclosing = {"start_id": self.speech.start_id, "end_id": self.speech.end_id} if self.speech else {}
         for kind, token_id in (self.media_ids | enclosing).items():
             if token_id >= self.lm.vocab_size + self.n_new_tokens:
@@ -74,7 +99,14 @@ class MultimodalConfig:
     @property
     def has_parts(self) -> bool:
         """Whether there is anything beside the language model."""
-        return bool(self.image or self.speech)
+        return bool(self.image or self.speech or self.video)
+
+    def new_token_rows(self, medium: str) -> tuple[int, ...]:
+        """Rows of the new tokens that stand for a medium of this kind, or enclose it."""
+        ids = {self.media_ids[medium]}
+        if medium == "audio" and self.speech:
+            ids |= {self.speech.start_id, self.speech.end_id}
+        return tuple(sorted(token_id - self.lm.vocab_size for token_id in ids if token_id >= self.lm.vocab_size))
 
 
 def _debug_image(lm: LlamaConfig) -> ImageConfig:
@@ -105,14 +137,36 @@ IMAGE_PRESETS: dict[str, Callable[[LlamaConfig], ImageConfig]] = {
 #: Ears by name: presets of encoder and adapter.
 SPEECH_PRESETS = {"debug": ("debug", "debug"), "bundled": ("bundled", "bundled"), "paper": ("llama3", "paper")}
 
+#: Video parts by name: most frames of a clip. The adapter's preset (`video.adapter.PRESETS`) has the same name.
+VIDEO_PRESETS = {"debug": 7, "bundled": 16, "paper": 16}
+
 
 def with_parts(
-    lm: LlamaConfig, *, image: str | None = None, speech: str | None = None, chat: str, lm_source: str | None = None
+    lm: LlamaConfig,
+    *,
+    image: str | None = None,
+    speech: str | None = None,
+    video: str | None = None,
+    chat: str,
+    lm_source: str | None = None,
 ) -> MultimodalConfig:
-    """Configuration of a language model with new parts by name (`IMAGE_PRESETS`, `SPEECH_PRESETS`)."""
+    """Configuration of a language model with new parts by name (`IMAGE_PRESETS`, `SPEECH_PRESETS`, `VIDEO_PRESETS`)."""
     config = MultimodalConfig(lm=lm, chat=chat, lm_source=lm_source)
-    config = add_image(config, image) if image else config
-    return add_speech(config, speech) if speech else config
+    for part, preset in (("image", image), ("speech", speech), ("video", video)):
+        if preset is not None:
+            config = add_part(config, part, preset)
+    return config
+
+
+def add_part(config: MultimodalConfig, part: str, preset: str) -> MultimodalConfig:
+    """Adds a new part of this name, "image", "speech" or "video"; its tokens are new rows after those that are there.
+
+    Raises:
+        ValueError: the model has such a part, or the preset is unknown.
+    """
+    if getattr(config, part) is not None:
+        raise ValueError(f"{part}: this model has a {part} part already")
+    return {"image": add_image, "speech": add_speech, "video": add_video}[part](config, preset)
 
 
 def add_image(config: MultimodalConfig, preset: str) -> MultimodalConfig:
@@ -144,6 +198,22 @@ def add_speech(config: MultimodalConfig, preset: str) -> MultimodalConfig:
     )
     return dataclasses.replace(
         config, speech=speech, n_new_tokens=config.n_new_tokens + 3, media_ids=config.media_ids | {"audio": first}
+    )
+
+
+def add_video(config: MultimodalConfig, preset: str) -> MultimodalConfig:
+    """Adds a new video part to a model that has an image part; a clip's token is a new row."""
+    if preset not in VIDEO_PRESETS:
+        raise ValueError(f"video preset {preset!r} is unknown; choose one of {', '.join(VIDEO_PRESETS)}")
+    if config.image is None:
+        raise ValueError(_BLIND)
+    first = config.lm.vocab_size + config.n_new_tokens
+    adapter = VideoAdapterConfig.for_lm(config.lm, config.image.adapter, config.image.encoder, preset)
+    return dataclasses.replace(
+        config,
+        video=VideoConfig(adapter=adapter, max_frames=VIDEO_PRESETS[preset]),
+        n_new_tokens=config.n_new_tokens + 1,
+        media_ids=config.media_ids | {"video": first},
     )
 
 

@@ -57,6 +57,7 @@ def generate(
     prompt: str | Sequence[str] | None = None,
     *,
     image: Any = None,
+    video: Any = None,
     audio: Any = None,
     messages: Messages | Sequence[Messages] | None = None,
     style: Style = "chat",
@@ -68,17 +69,18 @@ def generate(
         prompt: one user turn, or a list of them for a batch.
         image: a path, bytes, PIL picture or array; a list of them for one prompt with several pictures. With a list of prompts, a
             list with the pictures (or None) of each. Pictures come before the text.
-        audio: a path, bytes or `(waveform, sample_rate)`; lists as for `image`. Recordings come after pictures, before the
-            text; without any text they are a spoken question.
+        video: a path, bytes or `(T, C, H, W)` array; lists as for `image`. Clips come after pictures, before recordings.
+        audio: a path, bytes or `(waveform, sample_rate)`; lists as for `image`. Recordings come after pictures and clips, before
+            the text; without any text they are a spoken question.
         messages: a conversation `[{"role": ..., "content": ...}]` instead of a prompt, or a list of conversations.
-        style: "chat" for models that follow instructions; "plain" continues pictures and text as a base model does.
+        style: "chat" for models that follow instructions; "plain" continues media and text as a base model does.
         **sampling: fields of `lm.sampling.SamplingParams`: max_new_tokens, temperature (0 = greedy), top_k, top_p, min_p,
             repetition_penalty, seed, stop.
 
     Raises:
         ValueError: a broken medium, an unknown option, a prompt beyond the context, or neither prompt nor messages.
     """
-    conversations, is_batch = _conversations(prompt, {"image": image, "audio": audio}, messages)
+    conversations, is_batch = _conversations(prompt, {"image": image, "video": video, "audio": audio}, messages)
     rows = collect(_decode(model, conversations, _sampling(sampling), style))
     generations = [_generation(row) for row in rows]
     return generations if is_batch else generations[0]
@@ -89,6 +91,7 @@ def stream(
     prompt: str | Messages | None = None,
     *,
     image: Any = None,
+    video: Any = None,
     audio: Any = None,
     **sampling: Any,
 ) -> Iterator[Event]:
@@ -96,7 +99,7 @@ def stream(
 
     Args: as `generate`; `prompt` may also be a list of messages.
     """
-    media = {"image": image, "audio": audio}
+    media = {"image": image, "video": video, "audio": audio}
     if prompt is None or isinstance(prompt, str):
         conversations, is_batch = _conversations(prompt, media, None)
     else:

@@ -4,7 +4,8 @@ Composition without wrapping: `.lm` is exactly a text `Llama`; encoders and adap
 where the adapters run between its layers, and in `embed`, where speech takes the place of token embeddings. A call without
 media runs the language model and nothing else.
 
-Shape letters: B rows, T tokens of this call, D LM width, P pictures, A recordings, U embeddings of a recording, K audio tokens.
+Shape letters: B rows, T tokens of this call, D LM width, P pictures (or frames), V clips, A recordings, U embeddings of a
+recording, K audio tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from torch import Tensor, nn
 
 from lm.chat import chat_format
 from lm.checkpoint import load_llama
-from lm.model import NO_ADAPTERS, Adapters, KVCache, Llama, NewTokenRows, token_positions
+from lm.model import Adapters, KVCache, Llama, NewTokenRows, token_positions
 from lm.tokenizer import Tokenizer
 from mm.config import MultimodalConfig
 from mm.processor import Batch, Processor
 from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
 from speech.streaming import below
-from vision.adapter import CrossMemory, ImageAdapter
+from video.adapter import VideoAdapter
+from video.clips import encode_frames
+from vision.adapter import CrossMemory, ImageAdapter, chain_adapters
 from vision.encoder import ImageEncoder
 
 if TYPE_CHECKING:
@@ -38,11 +41,13 @@ class Media:
     """A batch's media as the language model takes them.
 
     Attributes:
-        memory: keys and values of the pictures; None without pictures.
+        pictures: keys and values of the pictures; None without pictures.
+        clips: likewise of the clips.
         speech_KD: embeddings of all audio tokens, in reading order; None without recordings.
     """
 
-    memory: CrossMemory | None = None
+    pictures: CrossMemory | None = None
+    clips: CrossMemory | None = None
     speech_KD: Tensor | None = None
 
 
@@ -50,7 +55,7 @@ NO_MEDIA = Media()
 
 
 class MultimodalLlama(nn.Module):
-    """A Llama-family language model that can be asked about pictures and spoken to.
+    """A Llama-family language model that can be asked about pictures and clips, and spoken to.
 
     Args:
         config: the language model and the parts beside it.
@@ -68,6 +73,7 @@ class MultimodalLlama(nn.Module):
         self.image_adapter = ImageAdapter(config.image.adapter) if config.image else None
         self.speech_encoder = Conformer(config.speech.encoder) if config.speech else None
         self.speech_adapter = SpeechAdapter(config.speech.adapter) if config.speech else None
+        self.video_adapter = VideoAdapter(config.video.adapter) if config.video else None
 
     @classmethod
     def from_pretrained(
@@ -107,8 +113,9 @@ class MultimodalLlama(nn.Module):
             raise ValueError(
                 "this checkpoint has no tokenizer; put its tokenizer.json or tokenizer.model into the directory"
             )
-        chat = chat_format(self.config.chat, self.tokenizer, self.config.media_ids)
-        return Processor(chat, self.config.image.encoder if self.config.image else None, self.config.speech)
+        config = self.config
+        chat = chat_format(config.chat, self.tokenizer, config.media_ids)
+        return Processor(chat, config.image.encoder if config.image else None, config.speech, config.video)
 
     @property
     def device(self) -> torch.device:
@@ -134,18 +141,57 @@ class MultimodalLlama(nn.Module):
         self.lm = other.requires_grad_(trains)
         self.config = replace(self.config, lm_source=str(source))  # else save_pretrained would name the old one
 
+    def swap_image(self, source: str | Path) -> None:
+        """Replaces the image part by another model's of the same shape, such as a finetuned one (7.5.2).
+
+        The tiles may be larger; frames of clips take on their size.
+
+        Raises:
+            ValueError: the shapes differ, or one of the models has no image part.
+        """
+        other = MultimodalLlama.from_pretrained(source, device=self.device)
+        ours, theirs = self.config.image, other.config.image
+        if not (
+            ours
+            and theirs
+            and theirs == replace(ours, encoder=replace(ours.encoder, tile_size=theirs.encoder.tile_size))
+        ):
+            raise ValueError(f"swap_image: {source} has another image part than this model:\n{theirs}\n{ours}")
+        self.resize_tiles(theirs.encoder.tile_size)
+        self.image_encoder, self.image_adapter = other.image_encoder, other.image_adapter
+        if self.new_tokens is not None and other.new_tokens is not None:
+            with torch.no_grad():
+                rows, their_rows = self.config.new_token_rows("image"), other.config.new_token_rows("image")
+                self.new_tokens.weight[list(rows)] = other.new_tokens.weight[list(their_rows)]
+
     def resize_tiles(self, tile_size: int) -> None:
-        """Changes the size of the picture tiles, as annealing does (7.4); positions are interpolated."""
+        """Changes the size of the tiles of pictures and frames, as annealing does (7.4); positions are interpolated."""
         if self.image_encoder is None or self.config.image is None:
             raise ValueError("tile_size: this model has no image encoder")
-        if tile_size != self.config.image.encoder.tile_size:
-            self.image_encoder.resize(tile_size)
-            image = replace(self.config.image, encoder=self.image_encoder.config)
-            self.config = replace(self.config, image=image)
+        if tile_size == self.config.image.encoder.tile_size:
+            return
+        self.image_encoder.resize(tile_size)
+        image = replace(self.config.image, encoder=self.image_encoder.config)
+        self.config = replace(self.config, image=image)
+        if self.video_adapter is not None and self.config.video is not None:
+            self.video_adapter.resize(self.image_encoder.config.grid_size)
+            self.config = replace(self.config, video=replace(self.config.video, adapter=self.video_adapter.config))
+
+    def change_frames(self, max_frames: int | None = None, factor: int | None = None) -> None:
+        """Changes how many frames a clip has at most, and how many become one, as finetuning does (7.5.2)."""
+        video = self.config.video
+        if self.video_adapter is None or video is None:
+            raise ValueError("max_frames, factor: this model has no video part")
+        if factor is not None:
+            self.video_adapter.regroup(factor)
+        max_frames = video.max_frames if max_frames is None else max_frames
+        self.config = replace(
+            self.config, video=replace(video, adapter=self.video_adapter.config, max_frames=max_frames)
+        )
 
     def encode_media(self, batch: Batch) -> Media:
         """Runs the encoders, once for each medium."""
-        return Media(self.encode_pictures(batch), self.encode_speech(batch))
+        return Media(self.encode_pictures(batch), self.encode_clips(batch), self.encode_speech(batch))
 
     def encode_pictures(self, batch: Batch) -> CrossMemory | None:
         """Every cross-attention block's keys and values of the batch's pictures; None without pictures."""
@@ -162,6 +208,23 @@ class MultimodalLlama(nn.Module):
             n_rows=batch.ids_BT.shape[0],
         )
 
+    def encode_clips(self, batch: Batch) -> CrossMemory | None:
+        """Likewise of the batch's clips, whose frames are encoded as pictures are, a few at a time."""
+        if batch.clips is None:
+            return None
+        if self.image_encoder is None or self.video_adapter is None:
+            raise ValueError("video: this model has no video part")
+        features_PNLF = batch.frame_features_PNLF
+        if features_PNLF is None:
+            features_PNLF = encode_frames(self.image_encoder, batch.clips.frames)
+        return self.video_adapter.memory(
+            features_PNLF,
+            batch.clips,
+            row_V=batch.clip_row_V,
+            position_V=batch.clip_position_V,
+            n_rows=batch.ids_BT.shape[0],
+        )
+
     def encode_speech(self, batch: Batch) -> Tensor | None:
         """Embeddings `(K, D)` of the batch's audio tokens, in reading order; None without recordings."""
         if batch.mel_ATM is None or batch.n_frames_A is None:
@@ -171,12 +234,16 @@ class MultimodalLlama(nn.Module):
         x_AUD, n_tokens_A = self.speech_adapter(*self.speech_encoder(batch.mel_ATM, batch.n_frames_A))
         return x_AUD[below(n_tokens_A, x_AUD.shape[1])]
 
-    def adapters(self, memory: CrossMemory | None, position_BT: Tensor) -> Adapters:
-        """What runs between the layers of the language model for tokens at these positions."""
-        if memory is None:
-            return NO_ADAPTERS
-        assert self.image_adapter is not None
-        return self.image_adapter.bind(memory, position_BT)
+    def adapters(self, media: Media, position_BT: Tensor) -> Adapters:
+        """What runs between the layers of the language model for tokens at these positions; clips before pictures (7.2)."""
+        seen = ((self.video_adapter, media.clips), (self.image_adapter, media.pictures))
+        return chain_adapters(
+            *(
+                adapter.bind(memory, position_BT)
+                for adapter, memory in seen
+                if adapter is not None and memory is not None
+            )
+        )
 
     def embed(self, ids_BT: Tensor, speech_KD: Tensor | None = None) -> Tensor:
         """Embeddings of tokens; `speech_KD` are those of the audio tokens among them, in reading order."""
@@ -200,15 +267,15 @@ class MultimodalLlama(nn.Module):
         Args:
             ids_BT: the new tokens.
             valid_BS: False where a row has padding, over cached and new tokens; None when there is none.
-            media: pictures that the tokens may look at, and the embeddings of the audio tokens among them.
+            media: pictures and clips that the tokens may look at, and the embeddings of the audio tokens among them.
             cache: earlier tokens; these are added.
         """
         h_BTD = self.embed(ids_BT, media.speech_KD)
         past = cache.length if cache is not None else 0
         position_BT = token_positions(h_BTD, valid_BS, past)
         if valid_BS is not None:
-            position_BT = torch.where(valid_BS[:, past:], position_BT, -1)  # padding sees no picture
-        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=self.adapters(media.memory, position_BT))
+            position_BT = torch.where(valid_BS[:, past:], position_BT, -1)  # padding sees nothing
+        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=self.adapters(media, position_BT))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Normalised decoder output `(B, T, D)` of whole rows; `self.lm.logits` makes logits of it."""

@@ -13,8 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from data.audio import load_audio
 from data.images import load_image
 from lm.chat import ChatFormat, Encoded, MediaSpan
-from mm.config import SpeechConfig
+from mm.config import SpeechConfig, VideoConfig
 from speech.features import LogMel
+from video.clips import Clips
+from video.frames import load_frames
 from vision.encoder import ImageEncoderConfig
 from vision.tiling import Pictures, Tiles, tile_image
 
@@ -28,20 +30,27 @@ class Sample:
     Attributes:
         supervised: True for ids whose prediction is trained.
         tiles: the pictures in reading order; picture k stands at index `picture_positions[k]` of `ids`.
-        clips: mel frames `(T, M)` of the recordings in reading order; each has as many audio tokens in `ids` as embeddings.
+        clips: the tiled frames of each clip in reading order; clip k stands at index `clip_positions[k]` of `ids`.
+        mels: mel frames `(T, M)` of the recordings in reading order; each has as many audio tokens in `ids` as embeddings.
     """
 
     ids: list[int]
     supervised: list[bool]
     tiles: list[Tiles] = field(default_factory=list)
     picture_positions: list[int] = field(default_factory=list)
-    clips: list[Tensor] = field(default_factory=list)
+    clips: list[list[Tiles]] = field(default_factory=list)
+    clip_positions: list[int] = field(default_factory=list)
+    mels: list[Tensor] = field(default_factory=list)
     key: str = ""
+
+
+def _nowhere() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
 class Batch:
-    """Rows of token ids with the pictures and recordings of all rows, flattened in reading order.
+    """Rows of token ids with the pictures, clips and recordings of all rows, each flattened in reading order.
 
     Attributes:
         ids_BT: token ids, padded.
@@ -50,6 +59,9 @@ class Batch:
         pictures: P pictures of all rows, or None.
         picture_row_P: row of each picture.
         picture_position_P: index of its token in the row, padding not counted.
+        clips: V clips of all rows, or None.
+        clip_row_V, clip_position_V: likewise of each clip.
+        frame_features_PNLF: what the image encoder makes of the frames of `clips`, where that is known already.
         mel_ATM: mel frames of the A recordings of all rows, padded with zeros, or None.
         n_frames_A: mel frames of each.
     """
@@ -57,9 +69,13 @@ class Batch:
     ids_BT: Tensor
     valid_BT: Tensor
     supervised_BT: Tensor
-    pictures: Pictures | None
-    picture_row_P: Tensor
-    picture_position_P: Tensor
+    pictures: Pictures | None = None
+    picture_row_P: Tensor = field(default_factory=_nowhere)
+    picture_position_P: Tensor = field(default_factory=_nowhere)
+    clips: Clips | None = None
+    clip_row_V: Tensor = field(default_factory=_nowhere)
+    clip_position_V: Tensor = field(default_factory=_nowhere)
+    frame_features_PNLF: Tensor | None = None
     mel_ATM: Tensor | None = None
     n_frames_A: Tensor | None = None
     keys: list[str] = field(default_factory=list)
@@ -71,9 +87,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Pictures | Clips)
         }
-        return replace(self, **moved, pictures=self.pictures and self.pictures.to(device))
+        return replace(self, **moved)
 
 
 def read_mel(source: Any, log_mel: LogMel, augment: Callable[[Tensor], Tensor] = lambda waveform: waveform) -> Tensor:
@@ -107,14 +123,20 @@ class Processor:
         chat: writes messages as ids.
         image: the image encoder's configuration (tile size and count); None for a model without eyes.
         speech: the speech part's configuration; None for a model without ears.
+        video: the video part's configuration; None for a model that takes no clips.
     """
 
     def __init__(
-        self, chat: ChatFormat, image: ImageEncoderConfig | None = None, speech: SpeechConfig | None = None
+        self,
+        chat: ChatFormat,
+        image: ImageEncoderConfig | None = None,
+        speech: SpeechConfig | None = None,
+        video: VideoConfig | None = None,
     ) -> None:
         self.chat = chat
         self.image = image
         self.speech = speech
+        self.video = video
         self.log_mel = LogMel(speech.features) if speech else None
 
     def tokenize(
@@ -163,8 +185,10 @@ class Processor:
             done = span.position + 1
             if span.kind == "image" and self.image is not None:
                 self._add_picture(sample, span, self.image)
+            elif span.kind == "video" and self.image is not None and self.video is not None:
+                self._add_clip(sample, span, self.image, self.video)
             elif span.kind == "audio" and self.speech is not None:
-                self._add_clip(sample, span, self.speech, augment_audio)
+                self._add_recording(sample, span, self.speech, augment_audio)
             else:
                 raise ValueError(
                     f"{span.kind}: this model has no part that understands it; load one that has, such as 'bundled'"
@@ -180,13 +204,22 @@ class Processor:
         sample.ids.append(self.chat.media_ids["image"])
         sample.supervised.append(False)
 
-    def _add_clip(
+    def _add_clip(self, sample: Sample, span: MediaSpan, image: ImageEncoderConfig, video: VideoConfig) -> None:
+        """A clip is one token; its frames are of one size, so they are tiled alike."""
+        max_tiles = min(image.max_tiles, video.adapter.aggregator.max_tiles)
+        frames = load_frames(span.source, video.max_frames)
+        sample.clips.append([tile_image(frame, image.tile_size, max_tiles) for frame in frames])
+        sample.clip_positions.append(len(sample.ids))
+        sample.ids.append(self.chat.media_ids["video"])
+        sample.supervised.append(False)
+
+    def _add_recording(
         self, sample: Sample, span: MediaSpan, speech: SpeechConfig, augment: Callable[[Tensor], Tensor]
     ) -> None:
         """A recording is a start token, an audio token for each of its embeddings, and an end token."""
         assert self.log_mel is not None
         mel_TM = read_mel(span.source, self.log_mel, augment)
-        sample.clips.append(mel_TM)
+        sample.mels.append(mel_TM)
         n_tokens = speech.n_tokens(len(mel_TM))
         sample.ids += [speech.start_id, *[self.chat.media_ids["audio"]] * n_tokens, speech.end_id]
         sample.supervised += [False] * (n_tokens + 2)
@@ -202,6 +235,7 @@ class Processor:
                 out[i, start : start + len(row)] = torch.tensor(row, dtype=dtype)
             return out
 
+        mels = [mel_TM for sample in samples for mel_TM in sample.mels]
         clips = [clip for sample in samples for clip in sample.clips]
         tiles = [tile for sample in samples for tile in sample.tiles]
         # The released encoder lets padding be seen, so its result needs all tiles there.
@@ -213,7 +247,10 @@ class Processor:
             pictures=Pictures.collate(tiles, n_tiles=n_tiles) if tiles else None,
             picture_row_P=torch.tensor([i for i, s in enumerate(samples) for _ in s.tiles], dtype=torch.int64),
             picture_position_P=torch.tensor([p for s in samples for p in s.picture_positions], dtype=torch.int64),
-            mel_ATM=pad_frames(clips) if clips else None,
-            n_frames_A=torch.tensor([len(clip) for clip in clips]) if clips else None,
+            clips=Clips.collate(clips, n_tiles=n_tiles) if clips else None,
+            clip_row_V=torch.tensor([i for i, s in enumerate(samples) for _ in s.clips], dtype=torch.int64),
+            clip_position_V=torch.tensor([p for s in samples for p in s.clip_positions], dtype=torch.int64),
+            mel_ATM=pad_frames(mels) if mels else None,
+            n_frames_A=torch.tensor([len(mel_TM) for mel_TM in mels]) if mels else None,
             keys=[sample.key for sample in samples],
         )

@@ -1,6 +1,6 @@
 """Contact sheets: pictures with the question, the right answer and what the model said, green where it is right.
 
-Recordings are drawn as spectrograms.
+Recordings are drawn as spectrograms, clips as some of their frames.
 """
 
 from __future__ import annotations

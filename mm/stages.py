@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from mm.model import MultimodalLlama
+
 #: Where a parameter belongs, told by its name; the first pattern that matches wins.
 PARTS: tuple[tuple[str, str], ...] = (
     (r"image_encoder\.patch_embed\.backbone\.", "stem"),
@@ -20,6 +22,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"image_encoder\.gated_positional_embedding\.(tile_embedding|gate)$", "gated_layers"),
     (r"image_encoder\.", "vit"),
     (r"image_adapter\.", "image_adapter"),
+    (r"video_adapter\.", "video_adapter"),
     (r"(speech_encoder|encoder)\.", "speech_encoder"),  # in BEST-RQ's and the CTC model the encoder is alone
     (r"speech_adapter\.", "speech_adapter"),
     (r"new_tokens\.", "new_tokens"),
@@ -39,7 +42,7 @@ class LearningRates:
     Attributes:
         encoder: the ViT and its gated layers, or the Conformer.
         stem: a hybrid encoder's convolutional backbone.
-        adapter: projection and cross-attention blocks, or the speech adapter and the tokens that enclose speech.
+        adapter: projection and cross-attention blocks, the temporal aggregator, the speech adapter, and new tokens.
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
         head: what pre-training needs and no later stage: text tower and projections, codebook heads, CTC heads.
     """
@@ -62,6 +65,7 @@ RATE_OF_PART = {
     "vit": "encoder",
     "gated_layers": "encoder",
     "image_adapter": "adapter",
+    "video_adapter": "adapter",
     "speech_encoder": "encoder",
     "speech_adapter": "adapter",
     "new_tokens": "adapter",
@@ -74,6 +78,7 @@ class Stage:
     """One line of the paper's matrix.
 
     Attributes:
+        medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
         loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
             "token-ctc" on their tokens, or "next-token" on supervised tokens.
@@ -82,6 +87,7 @@ class Stage:
     """
 
     name: str
+    medium: Literal["image", "audio", "video"]
     trains: frozenset[str]
     loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token"]
     swaps_lm: bool = False
@@ -90,19 +96,22 @@ class Stage:
 
 _EYES = frozenset({"stem", "vit", "gated_layers", "image_adapter"})
 _EARS = frozenset({"speech_encoder", "speech_adapter", "new_tokens"})
+_MOTION = frozenset({"video_adapter", "new_tokens"})
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage(name="image-encoder", trains=frozenset({"stem", "vit", "head"}), loss="contrastive"),
-        Stage(name="image-adapter", trains=_EYES, loss="next-token"),
-        Stage(name="image-anneal", trains=_EYES, loss="next-token"),
-        Stage(name="image-sft", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
-        Stage(name="speech-encoder", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),
+        Stage(name="image-encoder", medium="image", trains=frozenset({"stem", "vit", "head"}), loss="contrastive"),
+        Stage(name="image-adapter", medium="image", trains=_EYES, loss="next-token"),
+        Stage(name="image-anneal", medium="image", trains=_EYES, loss="next-token"),
+        Stage(name="image-sft", medium="image", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
+        Stage(name="video", medium="video", trains=_MOTION, loss="next-token"),
+        Stage(name="video-sft", medium="video", trains=_MOTION, loss="next-token", swaps_lm=True, masks_prompts=True),
+        Stage(name="speech-encoder", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),
         # Not the paper's: warm starts for small budgets, the first also the probe of what pre-training is worth.
-        Stage(name="speech-ctc", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
-        Stage(name="speech-align", trains=frozenset({"speech_encoder", "speech_adapter", "head"}), loss="token-ctc"),
-        Stage(name="speech", trains=_EARS, loss="next-token", masks_prompts=True),
+        Stage(name="speech-ctc", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
+        Stage(name="speech-align", medium="audio", trains=_EARS - {"new_tokens"} | {"head"}, loss="token-ctc"),
+        Stage(name="speech", medium="audio", trains=_EARS, loss="next-token", masks_prompts=True),
     )
 }
 
@@ -118,6 +127,8 @@ def part_of(name: str) -> str:
 def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Freezes and unfreezes every parameter; modules are in train mode where they own one that trains. Idempotent.
 
+    Of the new tokens, which are one parameter, the rows of other media than the stage's get no gradient.
+
     Returns:
         The optimiser's parameter groups: `params`, `lr`, `weight_decay`, and the `name` of the learning rate. They hold exactly the
         parameters that train. Gates, norms, biases and token embeddings are not decayed.
@@ -127,6 +138,9 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     model.eval()
+    if isinstance(model, MultimodalLlama) and model.new_tokens is not None:
+        rows = set(range(model.config.n_new_tokens))
+        model.new_tokens.frozen_rows = tuple(rows.difference(model.config.new_token_rows(stage.medium)))
     for name, parameter in model.named_parameters():
         part = part_of(name)
         rate_name = "gates" if GATE.search(name) else RATE_OF_PART.get(part, "")

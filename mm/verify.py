@@ -13,14 +13,17 @@ from lm.checkpoint import load_llama
 from mm.model import MultimodalLlama
 from mm.params import paper_claims
 from mm.processor import Batch
+from video.clips import Clips
 from vision.tiling import Pictures, tile_image
 
-#: The batch that is tried: a row of text, and a row that is padded on the left and has a picture or a recording.
+#: The batch that is tried: a row of text, and a row that is padded on the left and has a picture, a clip or a recording.
 N_TOKENS, PADDING, MEDIUM_AT = 23, 5, 9
 #: Mel frames of the recording. One token stands for 8 in every preset; what it stands for must fit into the row.
-N_FRAMES = 45
+N_MEL_FRAMES = 45
+#: Frames of the clip.
+N_FRAMES = 3
 
-Kind = Literal["picture", "recording"]
+Kind = Literal["picture", "clip", "recording"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def check_model(model: MultimodalLlama) -> list[Check]:
     checks = [check_tensors(model), check_text_parity(model)]
     if model.config.image is not None:
         checks.append(check_parity_beside(model, "picture"))
+    if model.config.video is not None:
+        checks.append(check_parity_beside(model, "clip"))
     if model.config.speech is not None:
         checks.append(check_parity_beside(model, "recording"))
     if model.config.has_parts and model.config.lm_source is not None:
@@ -112,32 +117,31 @@ def _batch(model: MultimodalLlama, kind: Kind | None = None) -> Batch:
     ids_BT = torch.randint(model.config.lm.vocab_size, (2, N_TOKENS), generator=torch.Generator().manual_seed(0))
     valid_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     valid_BT[1, :PADDING] = False
-    nowhere = torch.empty(0, dtype=torch.int64)
-    batch = Batch(
-        ids_BT=ids_BT,
-        valid_BT=valid_BT,
-        supervised_BT=torch.zeros_like(valid_BT),
-        pictures=None,
-        picture_row_P=nowhere,
-        picture_position_P=nowhere,
-    )
+    batch = Batch(ids_BT=ids_BT, valid_BT=valid_BT, supervised_BT=torch.zeros_like(valid_BT))
+    row, position = torch.tensor([1]), torch.tensor([MEDIUM_AT - PADDING])
     if kind == "picture":
         ids_BT[1, MEDIUM_AT] = model.config.media_ids["image"]
-        batch.pictures = _picture(model)
-        batch.picture_row_P, batch.picture_position_P = torch.tensor([1]), torch.tensor([MEDIUM_AT - PADDING])
+        batch.pictures = _pictures(model, 1, max_tiles=4)
+        batch.picture_row_P, batch.picture_position_P = row, position
+    elif kind == "clip":
+        ids_BT[1, MEDIUM_AT] = model.config.media_ids["video"]
+        batch.clips = Clips(_pictures(model, N_FRAMES, max_tiles=1), torch.tensor([N_FRAMES]))
+        batch.clip_row_V, batch.clip_position_V = row, position
     elif kind == "recording":
         assert model.config.speech is not None
-        n_tokens = model.config.speech.n_tokens(N_FRAMES)
+        n_tokens = model.config.speech.n_tokens(N_MEL_FRAMES)
         ids_BT[1, MEDIUM_AT : MEDIUM_AT + n_tokens] = model.config.media_ids["audio"]
-        shape = (1, N_FRAMES, model.config.speech.features.n_mels)
+        shape = (1, N_MEL_FRAMES, model.config.speech.features.n_mels)
         batch.mel_ATM = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        batch.n_frames_A = torch.tensor([N_FRAMES])
+        batch.n_frames_A = torch.tensor([N_MEL_FRAMES])
     return batch.to(model.device)
 
 
-def _picture(model: MultimodalLlama) -> Pictures:
+def _pictures(model: MultimodalLlama, n: int, max_tiles: int) -> Pictures:
+    """Noise, padded to as many tiles as the released encoder needs; no other encoder minds."""
     assert model.config.image is not None
     encoder = model.config.image.encoder
-    noise = Image.effect_noise((2 * encoder.tile_size, encoder.tile_size), sigma=80).convert("RGB")
-    tiles = tile_image(noise, encoder.tile_size, encoder.max_tiles)
-    return Pictures.collate([tiles], n_tiles=encoder.max_tiles)
+    size, max_tiles = (2 * encoder.tile_size, encoder.tile_size), min(max_tiles, encoder.max_tiles)
+    noise = [Image.effect_noise(size, sigma=80).convert("RGB") for _ in range(n)]
+    tiles = [tile_image(picture, encoder.tile_size, max_tiles) for picture in noise]
+    return Pictures.collate(tiles, n_tiles=encoder.max_tiles)

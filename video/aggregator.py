@@ -196,14 +196,15 @@ class TemporalAggregator(nn.Module):
         return self.norm(latents_ESW).unflatten(1, (n_tiles, -1))
 
     def _check(self, features_PNLW: Tensor, clips: Clips) -> None:
-        config, n_frames = self.config, len(clips.frames)
-        n_tiles = clips.frames.tiles_PNCHW.shape[1]
+        config = self.config
+        n_frames, n_tiles = clips.frames.tiles_PNCHW.shape[:2]
         if features_PNLW.shape != (n_frames, n_tiles, config.n_tokens, config.width):
             raise ValueError(
                 f"features: shape {tuple(features_PNLW.shape)} does not suit {n_frames} frames of {n_tiles} tiles of "
                 f"{config.n_tokens} tokens of width {config.width}; after another tile size call resize"
             )
-        if n_tiles > config.max_tiles:
+        most = int(clips.valid_VN.sum(-1).max())
+        if most > config.max_tiles:
             raise ValueError(
-                f"clips: frames of {n_tiles} tiles are more than this aggregator's max_tiles {config.max_tiles}"
+                f"clips: frames of {most} tiles are more than this aggregator's max_tiles {config.max_tiles}"
             )

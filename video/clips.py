@@ -28,18 +28,19 @@ class Clips:
     n_frames_V: Tensor
 
     @classmethod
-    def collate(cls, clips: Sequence[Sequence[Tiles]]) -> Clips:
+    def collate(cls, clips: Sequence[Sequence[Tiles]], n_tiles: int | None = None) -> Clips:
         """Batches clips.
 
         Args:
             clips: the tiled frames of each, at least one; all of one tile size.
+            n_tiles: pad every frame to this many tiles; to those of the largest one when None.
         """
         for frames in clips:
             if not frames:
                 raise ValueError("clips: a clip has no frames; give at least one")
             if len({(frame.rows, frame.columns) for frame in frames}) > 1:
                 raise ValueError("clips: the frames of a clip are tiled differently; bring them to one size first")
-        pictures = Pictures.collate([frame for frames in clips for frame in frames])
+        pictures = Pictures.collate([frame for frames in clips for frame in frames], n_tiles=n_tiles)
         return cls(pictures, torch.tensor([len(frames) for frames in clips]))
 
     def __len__(self) -> int:

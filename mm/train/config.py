@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from data.augment_audio import SpecAugmentConfig, WaveformAugmentation, augment_waveform, spec_augment
-from mm.config import SPEECH_PRESETS, from_mapping
+from mm.config import PART_OF_MEDIUM, SPEECH_PRESETS, VIDEO_PRESETS, from_mapping
 from mm.languages import find_language
 from mm.stages import STAGES, LearningRates, Stage
 from speech.bestrq import BestRQConfig
@@ -34,24 +34,29 @@ class ModelConfig:
 
     Attributes:
         init_from: a model to go on with, usually the `export` of an earlier stage; whatever `from_pretrained` takes.
-        swap_lm: language model that replaces its own (image-sft).
+        swap_lm: language model that replaces its own (image-sft, video-sft).
+        swap_image: a model whose image part replaces its own, such as an export of image-sft (video-sft).
         lm: language model to give eyes or ears, together with `image` or `speech`.
-        image: name of the new image part (`mm.config.IMAGE_PRESETS`).
-        speech: name of the new ears (`mm.config.SPEECH_PRESETS`), for `lm`, or for an `init_from` that has none.
+        image: name of the new image part (`mm.config.IMAGE_PRESETS`), for `lm`, or for an `init_from` that has none.
+        speech: likewise of new ears (`mm.config.SPEECH_PRESETS`).
+        video: name of the new video part (`mm.config.VIDEO_PRESETS`), for an `init_from` that has none.
         encoder: in image-encoder, speech-encoder and speech-ctc the name of a shape (`vision.encoder.PRESETS`,
             `speech.conformer.PRESETS`); in image-adapter an export of image-encoder; in speech-ctc, speech-align and
             speech an export of an earlier stage of speech.
         stem: name of pre-trained weights for a hybrid encoder's stem (`vision.pretrained`).
-        open_gates: where the gates of the image part start, see `ImageAdapter.open_gates`; at zero, as released, when None.
+        open_gates: where the gates of a new image or video part start, see `CrossAdapter.open_gates`; at zero, as released, when
+            None.
         text: shape of the text tower of image-encoder.
         best_rq: masks and codebooks of speech-encoder.
     """
 
     init_from: str | None = None
     swap_lm: str | None = None
+    swap_image: str | None = None
     lm: str | None = None
     image: str | None = None
     speech: str | None = None
+    video: str | None = None
     encoder: str | None = None
     stem: str | None = None
     open_gates: float | None = None
@@ -135,8 +140,13 @@ class DataConfig:
         heldout: sources for evaluation; none of their samples may be in `sources`.
         workers: processes that decode; 0 decodes in the training process. The order of samples does not depend on it.
         tile_size: side of a tile; the encoder's positions are interpolated to it. The model's own when None.
+        max_frames: most frames of a clip; the model's own when None.
+        factor: how many frames of a clip become one; the model's own when None.
+        feature_cache: folder in which the frozen encoder's features of frames are kept (`mm.train.feature_cache`), in video and
+            video-sft; nothing is kept when None.
         window: batches whose samples are sorted by length together, so that batches need little padding.
         max_bad_fraction: the run stops once more of the samples than this had to be skipped.
+        max_tokens: longer samples of whole models count as bad; the language model's context when None.
         augment: of `sources`, in speech-ctc, speech-align and speech.
     """
 
@@ -144,6 +154,10 @@ class DataConfig:
     heldout: tuple[SourceConfig, ...] = ()
     workers: int = 0
     tile_size: int | None = None
+    max_frames: int | None = None
+    factor: int | None = None
+    feature_cache: str | None = None
+    max_tokens: int | None = None
     augment: AugmentConfig = UNVARIED
     window: int = 16
     max_bad_fraction: float = 0.01
@@ -215,14 +229,22 @@ class LogConfig:
     every: int = 1
 
 
-#: Keys of `model` that a stage reads, by its loss and whether it hears.
+#: Keys of `model` that a stage reads, by its loss and medium.
 MODEL_KEYS = {
-    ("contrastive", False): {"encoder", "stem", "text"},
-    ("next-token", False): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
-    ("best-rq", True): {"encoder", "best_rq"},
-    ("ctc", True): {"encoder"},
-    ("token-ctc", True): {"init_from", "lm", "speech", "encoder"},
-    ("next-token", True): {"init_from", "lm", "speech", "encoder"},
+    ("contrastive", "image"): {"encoder", "stem", "text"},
+    ("next-token", "image"): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
+    ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates"},
+    ("best-rq", "audio"): {"encoder", "best_rq"},
+    ("ctc", "audio"): {"encoder"},
+    ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
+    ("next-token", "audio"): {"init_from", "lm", "speech", "encoder"},
+}
+#: Keys of `data` that only stages of these media read.
+MEDIA_OF_DATA_KEY = {
+    "tile_size": ("image", "video"),
+    "max_frames": ("video",),
+    "factor": ("video",),
+    "feature_cache": ("video",),
 }
 
 
@@ -262,7 +284,7 @@ class TrainConfig:
 
     def _check_model(self) -> None:
         model = self.model
-        if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.hears]:
+        if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.medium]:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
         if self.stage_spec.loss in ("next-token", "token-ctc"):
             self._check_whole_model()
@@ -273,21 +295,22 @@ class TrainConfig:
             raise ValueError(f"model.encoder: preset {model.encoder!r} is unknown; choose one of {presets}")
 
     def _check_whole_model(self) -> None:
-        model, part = self.model, "speech" if self.hears else "image"
-        if model.init_from is None and not (model.lm and getattr(model, part)):
-            raise ValueError(f"model: give init_from, or lm together with {part}")
-        if model.init_from and model.given() & {"lm", "image", "stem"}:
-            raise ValueError(
-                "model: init_from brings its language model and eyes; leave lm, image, encoder and stem out"
-            )
-        if model.init_from and model.encoder and not model.speech:
-            raise ValueError("model.encoder: init_from brings its own encoder, which was trained; leave encoder out")
-        if model.init_from and model.open_gates is not None:
-            raise ValueError("model.open_gates: init_from brings gates that were trained; leave open_gates out")
-        if model.swap_lm and not self.stage_spec.swaps_lm:
-            raise ValueError(f"model.swap_lm: stage {self.stage} keeps its language model; image-sft swaps it")
-        if model.speech not in (None, *SPEECH_PRESETS):
-            raise ValueError(f"model.speech: {model.speech!r} is unknown; choose one of {', '.join(SPEECH_PRESETS)}")
+        model, part = self.model, PART_OF_MEDIUM[self.medium]
+        is_new = getattr(model, part) is not None
+        if model.init_from is None and not (model.lm and is_new):
+            may_be_new = "lm" in MODEL_KEYS[self.stage_spec.loss, self.medium]
+            raise ValueError("model: give init_from" + (f", or lm together with {part}" if may_be_new else ""))
+        if model.init_from and model.lm:
+            raise ValueError("model.lm: init_from brings its language model; leave lm out")
+        for key in ("encoder", "stem", "open_gates"):
+            if getattr(model, key) is not None and not is_new:
+                raise ValueError(f"model.{key}: init_from brings a {part} part, which was trained; leave {key} out")
+        for key in ("swap_lm", "swap_image"):
+            if getattr(model, key) and not self.stage_spec.swaps_lm:
+                raise ValueError(f"model.{key}: stage {self.stage} keeps what it starts from; finetuning swaps it")
+        for key, presets in (("speech", SPEECH_PRESETS), ("video", VIDEO_PRESETS)):
+            if getattr(model, key) not in (None, *presets):
+                raise ValueError(f"model.{key}: {getattr(model, key)!r} is unknown; choose one of {', '.join(presets)}")
 
     def _check_data(self) -> None:
         sources = (*self.data.sources, *self.data.heldout)
@@ -301,8 +324,11 @@ class TrainConfig:
             raise ValueError(
                 f"data.sources: stage {self.stage} supervises answers alone, so every source needs style: chat"
             )
-        if self.hears and self.data.tile_size:
-            raise ValueError(f"data.tile_size: stage {self.stage} trains no image encoder; leave it out")
+        if self.data.max_tokens is not None and self.stage_spec.loss != "next-token":
+            raise ValueError(f"data.max_tokens: stage {self.stage} does not read it; leave it out")
+        for key, media in MEDIA_OF_DATA_KEY.items():
+            if getattr(self.data, key) is not None and self.medium not in media:
+                raise ValueError(f"data.{key}: stage {self.stage} does not read it; leave it out")
         if self.data.augment != UNVARIED and not (asks or self.stage_spec.loss in ("ctc", "token-ctc")):
             raise ValueError(f"data.augment: stage {self.stage} does not vary its samples; leave it out")
         if self.stage_spec.loss == "contrastive" and self.optim.micro_batch_size not in (None, self.optim.batch_size):
@@ -311,9 +337,14 @@ class TrainConfig:
             )
 
     @property
+    def medium(self) -> str:
+        """Kind of medium that the stage learns from."""
+        return self.stage_spec.medium
+
+    @property
     def hears(self) -> bool:
-        """Whether the stage learns from recordings."""
-        return "speech_encoder" in self.stage_spec.trains
+        """Whether the stage learns from recordings, which are read from more formats than pictures and clips."""
+        return self.medium == "audio"
 
     @property
     def stage_spec(self) -> Stage:

@@ -6,7 +6,7 @@ An objective knows the model and the data's meaning; the trainer knows neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
-from mm.checkpoint import compose, give_ears
+from mm.checkpoint import compose, give
+from mm.config import PART_OF_MEDIUM
 from mm.generate import generate
 from mm.model import MultimodalLlama
 from mm.processor import Batch, Processor, Sample, Style
@@ -22,12 +23,16 @@ from mm.sheet import Shown
 from mm.train.config import DTYPES, UNVARIED, AugmentConfig, TrainConfig
 from mm.train.contrastive import Contrastive
 from mm.train.encoders import load_encoder
+from mm.train.feature_cache import FeatureCache
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
 from mm.train.reading import as_caption, last_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
 from vision.pretrained import init_stem
+
+#: Media that every sample must have in the stages that learn from them: what else it shows goes through frozen parts.
+NEEDED = {"audio": "recording", "video": "clip"}
 
 
 class Reader(Protocol):
@@ -107,7 +112,7 @@ class ConversationReader:
         tasks: source name -> what is asked about its recordings (`mm.train.config.TASKS`); None leaves it to the samples.
         max_tokens: longer samples are refused.
         augment: how recordings are varied for training.
-        hears: whether every sample must have a recording, because nothing else trains.
+        medium: kind of medium that the stage learns from.
     """
 
     processor: Processor
@@ -115,7 +120,7 @@ class ConversationReader:
     tasks: dict[str, str | None]
     max_tokens: int
     augment: AugmentConfig
-    hears: bool
+    medium: str
 
     def messages(self, raw: RawSample) -> list[dict[str, Any]]:
         return as_caption(raw) if self.styles[raw.source] == "plain" else raw.messages
@@ -129,8 +134,10 @@ class ConversationReader:
         return len(encoded.ids) + n_audio_tokens
 
     def prepare(self, raw: RawSample, *, augment: bool = False) -> Sample:
-        if self.hears:
-            self._check_recordings(raw)
+        if self.medium in NEEDED and not media_of(raw, self.medium):
+            raise ValueError(f"the sample has no {NEEDED[self.medium]}, and nothing else is learnt from")
+        if self.medium == "audio":
+            self._check_question(raw)
         vary = self.augment if augment else UNVARIED
         sample = self.processor.encode(
             self.messages(raw),
@@ -138,17 +145,15 @@ class ConversationReader:
             key=f"{raw.source}/{raw.key}",
             augment_audio=vary.vary_waveform,
         )
-        sample.clips = [vary.vary_mel(mel_TM) for mel_TM in sample.clips]
+        sample.mels = [vary.vary_mel(mel_TM) for mel_TM in sample.mels]
         if len(sample.ids) > self.max_tokens:
-            raise ValueError(f"{len(sample.ids)} tokens are more than the language model's {self.max_tokens}")
+            raise ValueError(f"{len(sample.ids)} tokens are more than max_tokens {self.max_tokens}")
         if self.count(sample) == 0:
             raise ValueError("nothing in the sample is supervised")
         return sample
 
-    def _check_recordings(self, raw: RawSample) -> None:
-        """Refuses samples that would teach nothing, or something that nobody asked for."""
-        if not media_of(raw, "audio"):
-            raise ValueError("the sample has no recording, and nothing but hearing is trained")
+    def _check_question(self, raw: RawSample) -> None:
+        """Refuses recordings about which nothing was asked or answered."""
         if raw.messages[-1]["role"] != "assistant":
             raise ValueError("the sample has no reply yet; see mm.train.dialogue_targets")
         if self.tasks[raw.source] is None and "conversations" not in raw.metadata:
@@ -172,23 +177,30 @@ class ConversationReader:
 
 
 class NextToken:
-    """Next-token prediction with the frozen language model: image-adapter, image-anneal, image-sft, speech."""
+    """Next-token prediction with the frozen language model: every stage of a whole model."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.model = load_model(config)
         self.dtype = DTYPES[config.dtype]
-        self.hears = config.hears
+        self.medium = config.medium
+        self.features: FeatureCache | None = None
+        if config.data.feature_cache is not None:
+            assert self.model.image_encoder is not None
+            self.features = FeatureCache(config.data.feature_cache, self.model.image_encoder)
         sources = (*config.data.sources, *config.data.heldout)
+        max_seq_len = self.model.config.lm.max_seq_len
         self.reader = ConversationReader(
             self.model.processor,
             {source.name: cast(Style, source.style) for source in sources},
             {source.name: source.task for source in sources},
-            self.model.config.lm.max_seq_len,
+            min(config.data.max_tokens or max_seq_len, max_seq_len),
             config.data.augment,
-            config.hears,
+            config.medium,
         )
 
     def loss(self, batch: Batch) -> Tensor:
+        if self.features is not None and batch.clips is not None:
+            batch = replace(batch, frame_features_PNLF=self.features(batch.clips))
         return next_token_loss(self.model, batch)
 
     def n_tokens(self, batch: Batch) -> int:
@@ -201,10 +213,9 @@ class NextToken:
         return int(batch.n_frames_A.sum()) * speech.features.hop / speech.features.sample_rate
 
     def gauges(self) -> dict[str, float]:
-        """How far the gates of eyes under training are open."""
-        if self.hears or self.model.image_adapter is None:
-            return {}
-        gates = self.model.image_adapter.gates()
+        """How far the gates under training are open."""
+        adapter = {"image": self.model.image_adapter, "video": self.model.video_adapter}.get(self.medium)
+        gates = adapter.gates() if adapter is not None else {}
         return {f"gates/{kind}.{i}": pair[k] for i, pair in gates.items() for k, kind in enumerate(("attn", "mlp"))}
 
     def freeze_precision(self) -> None:
@@ -240,42 +251,38 @@ class NextToken:
 
 def load_model(config: TrainConfig) -> MultimodalLlama:
     """The model that a stage of next-token prediction starts from."""
-    source = config.model
+    source, part = config.model, PART_OF_MEDIUM[config.medium]
+    preset = getattr(source, part)
     if source.init_from:
         model = MultimodalLlama.from_pretrained(source.init_from)
-        if source.speech:
-            model = give_ears(model, source.speech)
+        if preset:
+            model = give(model, part, preset)
     else:
         assert source.lm is not None
-        model = compose(source.lm, image=source.image, speech=source.speech)
-    if config.hears:
-        _prepare_ears(model, config)
-    else:
-        _prepare_eyes(model, config)
+        model = compose(source.lm, **{part: preset})
+    if getattr(model.config, part) is None:
+        raise ValueError(f"model.init_from: {source.init_from} has no {part} part; name a new one as model.{part}")
+    _prepare_parts(model, config)
     return model
 
 
-def _prepare_eyes(model: MultimodalLlama, config: TrainConfig) -> None:
-    source = config.model
-    if model.image_encoder is None or model.image_adapter is None:
-        raise ValueError(
-            f"model.init_from: {source.init_from} has no image part; start image-adapter from lm and image"
-        )
+def _prepare_parts(model: MultimodalLlama, config: TrainConfig) -> None:
+    """Puts in what was trained elsewhere, and changes tiles and frames as the run says."""
+    source, data = config.model, config.data
+    encoder: Any = model.speech_encoder if config.hears else model.image_encoder
+    adapter = {"image": model.image_adapter, "video": model.video_adapter}.get(config.medium)
     if source.encoder:
-        load_encoder(source.encoder, model.image_encoder)
+        load_encoder(source.encoder, encoder)
     if source.stem:
-        init_stem(model.image_encoder, source.stem)
+        init_stem(encoder, source.stem)
     if source.open_gates is not None:
-        model.image_adapter.open_gates(source.open_gates)
+        assert adapter is not None
+        adapter.open_gates(source.open_gates)
     if source.swap_lm:
         model.swap_lm(source.swap_lm)
-    if config.data.tile_size:
-        model.resize_tiles(config.data.tile_size)
-
-
-def _prepare_ears(model: MultimodalLlama, config: TrainConfig) -> None:
-    source = config.model
-    if model.speech_encoder is None:
-        raise ValueError(f"model.init_from: {source.init_from} has no ears; name new ones as model.speech")
-    if source.encoder:
-        load_encoder(source.encoder, model.speech_encoder)
+    if source.swap_image:
+        model.swap_image(source.swap_image)
+    if data.tile_size:
+        model.resize_tiles(data.tile_size)
+    if data.max_frames or data.factor:
+        model.change_frames(data.max_frames, data.factor)

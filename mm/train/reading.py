@@ -17,7 +17,7 @@ PROMPTS: Mapping[str | None, Callable[[str], str] | None] = {"asr": asr_prompt, 
 
 
 def open_training_source(source: SourceConfig, *, hears: bool) -> Source:
-    """Opens pictures, or recordings for a stage that hears.
+    """Opens pictures and clips, or recordings for a stage that hears.
 
     Raises:
         ValueError: a missing or unsuitable file, by name.
@@ -29,12 +29,12 @@ def open_training_source(source: SourceConfig, *, hears: bool) -> Source:
 
 
 def as_caption(raw: RawSample) -> list[dict[str, Any]]:
-    """The sample's pictures with its caption, whatever else was asked about them."""
+    """The sample's pictures and clips with its caption, whatever else was asked about them."""
     if raw.caption is None or not raw.caption.strip():
         raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no caption (.txt), which style plain needs")
-    pictures = [{"type": "image", "image": picture} for picture in media_of(raw, "image")]
+    seen = [{"type": kind, kind: source} for kind in ("image", "video") for source in media_of(raw, kind)]
     caption = {"role": "assistant", "content": [{"type": "text", "text": raw.caption.strip()}]}
-    return [{"role": "user", "content": pictures}, caption]
+    return [{"role": "user", "content": seen}, caption]
 
 
 def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -56,7 +56,7 @@ def last_question(raw: RawSample) -> str:
 
 
 def media_of(raw: RawSample, kind: str) -> list[Any]:
-    """A sample's encoded pictures ("image") or recordings ("audio") in reading order."""
+    """A sample's encoded pictures ("image"), clips ("video") or recordings ("audio") in reading order."""
     contents = [message["content"] for message in raw.messages]
     return [part[kind] for content in contents for part in content if part["type"] == kind]
 

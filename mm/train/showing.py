@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from PIL import Image
 
 from data.images import load_image
+from data.make.canvas import strip
 from data.shards import Sample as RawSample
 from mm.eval.metrics import cer, wer, whisper_normaliser
 from mm.processor import read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.reading import media_of
 from speech.features import LogMel
+from video.frames import load_frames
 
 
 def picture_of(raw: RawSample, log_mel: LogMel | None) -> Image.Image:
-    """A sample's first picture, or else its first recording as a spectrogram; white where it has neither."""
+    """A sample's first clip as some of its frames, picture, or recording as a spectrogram; white where it has none."""
+    if clips := media_of(raw, "video"):
+        return strip(load_frames(clips[0]))
     if pictures := media_of(raw, "image"):
         return load_image(pictures[0])
     if log_mel is not None and (recordings := media_of(raw, "audio")):

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,6 @@ from mm.train.optim import make_optimizer, schedule, set_learning_rates
 from mm.train.reading import open_training_source
 from mm.train.run_checkpoint import RunState
 from mm.train.run_log import RunLog, draw_loss, record_start
-from vision.tiling import Pictures
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,7 @@ VOLATILE = (
     "checkpoint",
     "log",
     "data.heldout",
+    "data.feature_cache",
     "data.workers",
     "data.max_bad_fraction",
     "optim.micro_batch_size",
@@ -266,11 +266,7 @@ class Trainer:
         path = self.directory / f"bad_batch_{self.step + 1:06d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for i, micro_batch in enumerate(batch.micro_batches):
-            for name, value in vars(micro_batch).items():
-                if isinstance(value, Pictures):
-                    tensors |= {f"{i}.{name}.tiles_PNCHW": value.tiles_PNCHW, f"{i}.{name}.grid_P2": value.grid_P2}
-                elif isinstance(value, Tensor):
-                    tensors[f"{i}.{name}"] = value
+            tensors |= _tensors_of(micro_batch, str(i))
         keys = [key for micro_batch in batch.micro_batches for key in micro_batch.keys]
         self.directory.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"keys": "\n".join(keys)})
@@ -291,6 +287,14 @@ class Trainer:
         finally:
             for name, handler in previous.items():
                 signal.signal(name, handler)
+
+
+def _tensors_of(value: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of a batch and of the dataclasses in it, by their dotted names."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    fields = vars(value).items() if is_dataclass(value) else ()
+    return {key: tensor for field, part in fields for key, tensor in _tensors_of(part, f"{name}.{field}").items()}
 
 
 def _check_same_run(config: TrainConfig, path: Path) -> None:

@@ -28,7 +28,7 @@ from transformers import LlamaConfig as OracleConfig
 
 from lm.config import LlamaConfig, RopeScaling
 from lm.tokenizer import JsonTokenizer, byte_alphabet
-from mm.checkpoint import compose, export_mllama
+from mm.checkpoint import compose, export_mllama, give
 from mm.config import ImageConfig, MultimodalConfig
 from mm.model import MultimodalLlama
 from vision import mllama
@@ -297,9 +297,31 @@ def test_a_saved_model_comes_back_whole(saved):
     assert again.config == model.config and not again.training
     assert_same_state(again, model)
     assert again.tokenizer.special_tokens == model.tokenizer.special_tokens
-    picture = np.random.default_rng(0).random((31, 61, 3))
-    options = {"image": picture, "max_new_tokens": 7, "temperature": 1.0, "seed": 0}
-    assert again.generate("What?", **options) == model.generate("What?", **options)
+    pixels = np.random.default_rng(0)
+    media = {"image": pixels.random((31, 61, 3)), "video": pixels.random((9, 3, 31, 61))}
+    options = {"max_new_tokens": 7, "temperature": 1.0, "seed": 0}
+    answers = [again.generate("What?", **{kind: source}, **options) for kind, source in media.items()]
+    assert answers == [model.generate("What?", **{kind: source}, **options) for kind, source in media.items()]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("part", ["speech", "video"])
+def test_a_model_is_given_one_more_part_and_keeps_what_it_has(part):
+    torch.manual_seed(0)
+    model = compose("debug", image="debug")
+    randomise(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = give(model, part, "debug")
+    state = whole.state_dict()
+    rows = before.pop("new_tokens.weight")
+    assert torch.equal(state["new_tokens.weight"][: len(rows)], rows)
+    assert not state["new_tokens.weight"][len(rows) :].any()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    new = {name.partition(".")[0] for name in state.keys() - before.keys() - {"new_tokens.weight"}}
+    assert new == {"speech": {"speech_encoder", "speech_adapter"}, "video": {"video_adapter"}}[part]
+    assert whole.generate("What?", image=np.zeros((7, 5, 3)), max_new_tokens=3).tokens
+    with pytest.raises(ValueError, match=f"{part}: this model has a {part} part already"):
+        give(whole, part, "debug")
 
 
 def test_a_model_may_be_saved_where_it_came_from(saved):
@@ -345,7 +367,7 @@ def test_tensors_that_do_not_fit_are_named(saved, change, message):
     ("change", "message"),
     [
         ({"imagee": {}}, r"config\.json: unknown key 'imagee'; did you mean 'image'\?"),
-        ({"media_ids": {"image": 999, "audio": 321}}, "id 999 of 'image' has no embedding row"),
+        ({"media_ids": {"image": 999, "audio": 321, "video": 324}}, "id 999 of 'image' has no embedding row"),
         ({"chat": 7}, r"config\.json\.chat: expected str, got 7"),
         ({"lm_source": "no such model"}, "'no such model' is no existing path"),
         ({"model_type": "opt"}, "holds a 'opt' model, not 'llama'"),

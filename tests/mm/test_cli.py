@@ -85,6 +85,23 @@ def test_generate_prints_what_the_model_says_about_the_pictures(debug: Multimoda
     assert len(seen) == 3  # the pictures matter
 
 
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """A lossless clip of noise."""
+    frames = [Image.effect_noise((47, 31), 60).convert("RGB") for _ in range(5)]
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    return str(tmp_path / "clip.webp")
+
+
+def test_generate_and_chat_take_clips(debug: MultimodalLlama, clip: str) -> None:
+    result = mm("generate", "Describe.", "--video", clip, "--model", "debug", "--max-new-tokens", "11")
+    assert result.stdout == debug.generate("Describe.", video=clip, max_new_tokens=11).text + "\n"
+    alone = mm("generate", "--video", clip, "--image", SHAPES, "--model", "debug", "--max-new-tokens", "11")
+    assert alone.stdout == debug.generate(video=clip, image=SHAPES, max_new_tokens=11).text + "\n"
+    said = mm("chat", "--model", "debug", "--max-new-tokens", "11", input=f"/video {clip}\nDescribe.\n/quit")
+    assert said.stdout.splitlines()[-2].removeprefix("> > ") == result.stdout.splitlines()[-1]
+
+
 def test_generate_hands_every_sampling_option_on(debug: MultimodalLlama) -> None:
     options = {
         "max_new_tokens": 13, "temperature": 2.5, "top_k": 300, "top_p": 0.97, "min_p": 0.001,
@@ -132,6 +149,7 @@ def test_params_of_presets_checkpoints_and_the_paper() -> None:
     assert "8,030,261,248" in mm("params", "llama3-8b").stdout
     with_eyes = mm("params", "llama3-405b", "--image", "paper").stdout
     assert "98,818,826,046" in with_eyes and "630,766,080" in with_eyes
+    assert "436,224,516" in mm("params", "llama3-8b", "--image", "paper", "--video", "paper").stdout
     table = mm("params").stdout
     assert "about 100B" in table and "1,744,898,064" in table
 
@@ -229,6 +247,8 @@ def test_pictures_are_made_inspected_and_evaluated(tmp_path: Path) -> None:
         (("generate", "Hi", "--model", "nowhere"), "nowhere"),
         (("generate", "Hi", "--model", "debug", "--temperature", "-1"), "temperature"),
         (("generate", "Hi", "--image", __file__), "is not a picture"),
+        (("generate", "Hi", "--video", __file__), "video"),
+        (("params", "llama3-8b", "--video", "paper"), "image part"),
         (("download", "gpt-5"), "smollm2-135m-instruct"),
         (("params", "llama3-8b", "--image", "fly"), "fly"),
         (("params", "debug.gguf", "--image", "paper"), "preset"),

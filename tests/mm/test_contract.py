@@ -30,9 +30,10 @@ from lm.config import PRESETS
 from lm.model import KVCache
 from mm.checkpoint import debug_model
 from mm.config import with_parts
-from mm.model import Media, MultimodalLlama
+from mm.model import MultimodalLlama
 from mm.processor import Batch
 from mm.stages import part_of
+from video.clips import Clips
 from vision.tiling import Pictures
 
 
@@ -58,18 +59,46 @@ class Recording(NamedTuple):
         return np.random.default_rng(self.seed).uniform(-0.5, 0.5, 160 * self.n_frames).astype(np.float32), 16_000
 
 
-Medium = Picture | Recording
-Row = tuple[str | Medium, ...]
+class Clip(NamedTuple):
+    """Noise of this many frames; another seed is another clip."""
 
-#: 13, 17 and 11 tokens, with the one that starts a text. Tiles: 1, then 1 x 3 and 2 x 2 seen together; none; 4 x 1.
-#: A recording is a start token, 2, 3 or 2 audio tokens, and an end token.
+    n_frames: int
+    width: int
+    height: int
+    seed: int = 0
+
+    def open(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.n_frames, 3, self.height, self.width)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+
+Medium = Picture | Clip | Recording
+Row = tuple[str | Medium, ...]
+KINDS = {Picture: "image", Clip: "video", Recording: "audio"}
+
+#: 15, 17 and 12 tokens, with the one that starts a text. Tiles of pictures: 1, then 1 x 3 and 2 x 2 seen together; none; 4 x 1.
+#: Clips, 4 frames to a group: 5 frames of 1 x 2 tiles, 2 of one; none; 7 of 2 x 1. A recording is a start token, 2, 3 or 2
+#: audio tokens, and an end token.
 ROWS: tuple[Row, ...] = (
-    ("ab", Picture(29, 23), "c", Picture(83, 27), Picture(53, 59), "d", Recording(13), "e"),
+    (
+        "ab",
+        Picture(29, 23),
+        "c",
+        Clip(5, 47, 26),
+        Picture(83, 27),
+        Picture(53, 59),
+        "d",
+        Recording(13),
+        Clip(2, 17, 23),
+        "e",
+    ),
     ("hijklmnopqrstuvw",),
-    (Picture(23, 113), "t", Recording(19), "uvw"),
+    (Picture(23, 113), "t", Recording(19), Clip(7, 26, 53), "uvw"),
 )
-PICTURES = ((0, 1), (0, 3), (0, 4), (2, 0))  # row and part
-RECORDINGS = ((0, 6), (2, 2))
+PICTURES = ((0, 1), (0, 4), (0, 5), (2, 0))  # row and part
+CLIPS = ((0, 3), (0, 8), (2, 3))
+RECORDINGS = ((0, 7), (2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +111,7 @@ def batch_of(model: MultimodalLlama, *rows: Row, pad_side: str = "left") -> Batc
         parts = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {(kind := "image" if isinstance(part, Picture) else "audio"): part.open(), "type": kind}
+            else {"type": KINDS[type(part)], KINDS[type(part)]: part.open()}
             for part in row
         ]
         messages = [{"role": "user", "content": parts}]
@@ -140,6 +169,17 @@ def test_1_a_text_row_among_media_is_bit_identical_too(any_adapters, pad_side):
     assert not torch.equal(logits[0], bare[0])
 
 
+def test_1_a_model_without_a_video_part_says_the_same_of_texts_pictures_and_recordings(model):
+    """Clause 1: clips cost nothing where there are none."""
+    media_ids = {kind: token_id for kind, token_id in model.config.media_ids.items() if kind != "video"}
+    config = dataclasses.replace(model.config, video=None, media_ids=media_ids)
+    without = MultimodalLlama(config, model.tokenizer, lm=model.lm).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("video_adapter.")}
+    without.load_state_dict(state)
+    rows = [tuple(part for part in row if not isinstance(part, Clip)) for row in ROWS]
+    assert torch.equal(logits_of(without, *rows)[0], logits_of(model, *rows)[0])
+
+
 # ------------------------------------------------------------------------------------------------------------- clause 2
 
 
@@ -150,11 +190,19 @@ def replaced(place: tuple[int, int], medium: Medium) -> list[Row]:
     return rows
 
 
-def tokens_from(batch: Batch, k: int) -> Tensor:
-    """True `(B, T)` from picture k on in its row."""
+def tokens_from(batch: Batch, row: Tensor, position: Tensor) -> Tensor:
+    """True `(B, T)` from a position on in its row."""
     position_BT = batch.valid_BT.long().cumsum(-1) - 1
-    row = torch.arange(len(position_BT))[:, None]
-    return batch.valid_BT & (row == batch.picture_row_P[k]) & (position_BT >= batch.picture_position_P[k])
+    row_B1 = torch.arange(len(position_BT))[:, None]
+    return batch.valid_BT & (row_B1 == row) & (position_BT >= position)
+
+
+def tokens_from_picture(batch: Batch, k: int) -> Tensor:
+    return tokens_from(batch, batch.picture_row_P[k], batch.picture_position_P[k])
+
+
+def tokens_from_clip(batch: Batch, k: int) -> Tensor:
+    return tokens_from(batch, batch.clip_row_V[k], batch.clip_position_V[k])
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["other pixels", "other grid"])
@@ -165,16 +213,66 @@ def test_2_a_picture_changes_exactly_what_follows_it(model, k, turned):
     old = ROWS[row][part]
     new = Picture(old.height, old.width, 1) if turned else old._replace(seed=1)
     (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(PICTURES[k], new))
-    assert torch.equal((before != after).any(-1), tokens_from(batch, k))
+    assert torch.equal((before != after).any(-1), tokens_from_picture(batch, k))
 
 
 @pytest.mark.parametrize("k", range(len(PICTURES)))
 def test_2_a_picture_of_more_tiles_changes_only_what_follows_it(model, k):
     """Clause 2, to rounding: more tiles make the batch's memory longer, as more tokens make its rows longer."""
     (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(PICTURES[k], Picture(61, 211)))
-    follows_BT = tokens_from(batch, k)
+    follows_BT = tokens_from_picture(batch, k)
     assert_close(after[~follows_BT], before[~follows_BT])
     assert (before - after)[follows_BT].abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["other pixels", "other grid"])
+@pytest.mark.parametrize("k", range(len(CLIPS)))
+def test_2_a_clip_changes_exactly_what_follows_it(model, k, turned):
+    """Clause 2: earlier tokens and other rows stay as they were, bit for bit."""
+    row, part = CLIPS[k]
+    old = ROWS[row][part]
+    new = old._replace(width=old.height, height=old.width, seed=1) if turned else old._replace(seed=1)
+    (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(CLIPS[k], new))
+    assert torch.equal((before != after).any(-1), tokens_from_clip(batch, k))
+
+
+@pytest.mark.parametrize("k", range(len(CLIPS)))
+def test_2_a_clip_of_other_length_changes_only_what_follows_it(model, k):
+    """Clause 2, to rounding: other groups make the batch's memory longer or shorter."""
+    (before, batch), (after, _) = logits_of(model, *ROWS), logits_of(model, *replaced(CLIPS[k], Clip(3, 41, 19)))
+    follows_BT = tokens_from_clip(batch, k)
+    assert_close(after[~follows_BT], before[~follows_BT])
+    assert (before - after)[follows_BT].abs().amax(-1).min() > 1e-4
+
+
+def test_2_the_order_of_frames_matters(model):
+    """A clip is not a bag of pictures."""
+    clip = ROWS[2][3].open()
+    answers = []
+    for frames in (clip, clip.flip(0)):
+        content = [{"type": "video", "video": frames}, {"type": "text", "text": "?"}]
+        sample = model.processor.encode([{"role": "user", "content": content}])
+        with torch.no_grad():
+            answers.append(model(model.processor.collate([sample]))[0, -1])
+    assert (answers[0] - answers[1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_2_a_picture_does_not_hide_the_clip_before_it_nor_a_clip_the_picture(model):
+    """A token sees the latest of each; blocks alone are compared, as self-attention passes everything on."""
+    batch = batch_of(model, ROWS[0])
+    media = model.encode_media(batch)
+    h_BTD = model.embed(batch.ids_BT, media.speech_KD)
+    bound = model.adapters(media, torch.arange(h_BTD.shape[1])[None])
+    layer = min(bound)
+    seen_by = {}
+    for kind in ("pictures", "clips"):
+        other = dataclasses.replace(media, **{kind: None})
+        alone = model.adapters(other, torch.arange(h_BTD.shape[1])[None])
+        seen_by[kind] = (bound[layer](h_BTD) != alone[layer](h_BTD)).any(-1)[0].tolist()
+    picture, clip = int(batch.picture_position_P[0]), int(batch.clip_position_V[0])
+    assert seen_by["pictures"] == [t >= picture for t in range(15)]
+    assert seen_by["clips"] == [t >= clip for t in range(15)]
 
 
 @pytest.mark.parametrize("pad_side", ["left", "right"])
@@ -226,15 +324,15 @@ def logits_in_chunks(model: MultimodalLlama, batch: Batch, cuts: list[int]) -> T
     for start, end in pairwise([0, *cuts, n_tokens]):
         valid_BS = None if batch.valid_BS is None else batch.valid_BT[:, :end]
         heard_K = order_BT[:, start:end][audio_BT[:, start:end]]
-        now = Media(media.memory, media.speech_KD[heard_K])
+        now = dataclasses.replace(media, speech_KD=media.speech_KD[heard_K])
         chunks.append(model.decode(batch.ids_BT[:, start:end], valid_BS=valid_BS, media=now, cache=cache))
     return model.lm.logits(torch.cat(chunks, dim=1))
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("rows", [ROWS, ((*ROWS[0], "wxyz"),)], ids=["left-padded", "unpadded"])
+@pytest.mark.parametrize("rows", [ROWS, ((*ROWS[0], "wx"),)], ids=["left-padded", "unpadded"])
 def test_3_prefill_and_steps_equal_the_full_forward(model, rows, cuts):
-    """Clause 3: at every split point, with pictures and recordings, left padding and a prefill in chunks."""
+    """Clause 3: at every split point, with all kinds of media, left padding and a prefill in chunks."""
     whole, batch = logits_of(model, *rows)
     assert batch.ids_BT.shape[1] == LENGTH
     pieces = logits_in_chunks(model, batch, cuts)
@@ -261,6 +359,18 @@ def test_4_tile_padding_changes_nothing(model):
     padded[batch.pictures.valid_PN.nonzero().unbind(1)] = batch.pictures.tiles_PNCHW[batch.pictures.valid_PN]
     assert batch.pictures.grid_P2.tolist() == [[1, 3], [1, 1]]
     more = dataclasses.replace(batch, pictures=Pictures(padded, batch.pictures.grid_P2))
+    assert torch.equal(model(more), model(batch))
+
+
+@torch.no_grad()
+def test_4_tile_padding_of_frames_changes_nothing(model):
+    """Clause 4: neither its amount nor what is in it, bit for bit."""
+    batch = batch_of(model, ROWS[1], ("ab", Clip(3, 53, 27), "cd"), ("e", Clip(5, 13, 17), "f"))
+    frames = batch.clips.frames
+    assert batch.clips.n_frames_V.tolist() == [3, 5] and frames.grid_P2.tolist() == [[1, 2]] * 3 + [[1, 1]] * 5
+    padded = torch.full((8, 4, 3, 28, 28), torch.nan)
+    padded[frames.valid_PN.nonzero().unbind(1)] = frames.tiles_PNCHW[frames.valid_PN]
+    more = dataclasses.replace(batch, clips=Clips(Pictures(padded, frames.grid_P2), batch.clips.n_frames_V))
     assert torch.equal(model(more), model(batch))
 
 
@@ -315,7 +425,10 @@ ADAPTER_SIZES = {
 def sizes(lm: str, preset: str) -> Counter[str]:
     """Parameters of each part of a whole model, and of its projection."""
     with torch.device("meta"):
-        model = MultimodalLlama(with_parts(PRESETS[lm](), image=preset, speech=preset, chat="llama3"))
+        video = (
+            None if (lm, preset) == ("debug", "paper") else preset
+        )  # it has too few layers for the paper's placement
+        model = MultimodalLlama(with_parts(PRESETS[lm](), image=preset, speech=preset, video=video, chat="llama3"))
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts["projection" if name.startswith("image_adapter.projection.") else part_of(name)] += parameter.numel()
@@ -345,8 +458,14 @@ def test_9_encoder_gated_layers_and_projection_are_850m(lm):
     """Clause 9."""
     counts = sizes(lm, "paper")
     assert counts["lm"] == {"llama3-8b": 8_030_261_248, "llama3-70b": 70_553_706_496}[lm]
-    assert counts["new_tokens"] == 4 * PRESETS[lm]().dim  # picture, speech, its start and end
+    assert counts["new_tokens"] == 5 * PRESETS[lm]().dim  # picture, speech, its start and end, clip
     assert counts["vit"] + counts["gated_layers"] + counts["projection"] == pytest.approx(850e6, rel=0.03)
+
+
+@pytest.mark.parametrize(("lm", "stated"), [("llama3-8b", 0.6e9), ("llama3-70b", 4.6e9)])
+def test_9_aggregator_and_video_blocks_are_the_papers(lm, stated):
+    """Clause 9: on tiles of 224 pixels; tests/mm/test_verify.py has those of 448."""
+    assert sizes(lm, "paper")["video_adapter"] == pytest.approx(stated, rel=0.035)
 
 
 def test_9_the_debug_model_is_small():

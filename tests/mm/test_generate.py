@@ -38,15 +38,18 @@ def chirp(hertz: float, seconds: float) -> np.ndarray:
     return np.round(9000 * np.sin(2 * np.pi * hertz * (1 + time) * time)).astype(np.int16)
 
 
+MOVING = torch.randint(256, (5, 3, 31, 47), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LOW, HIGH = chirp(170, 0.31), chirp(1900, 0.53)
 
 
 def turn(*content: Any) -> list[dict[str, Any]]:
-    """A user's turn of texts, pictures and recordings at 16 kHz."""
+    """A user's turn of texts, pictures, clips and recordings at 16 kHz."""
 
     def part(c: Any) -> dict[str, Any]:
         if isinstance(c, np.ndarray):
             return {"type": "audio", "audio": (c, 16_000)}
+        if isinstance(c, torch.Tensor):
+            return {"type": "video", "video": c}
         return {"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c}
 
     return [{"role": "user", "content": [part(c) for c in content]}]
@@ -101,6 +104,26 @@ def test_a_recording_may_come_in_any_form(model, tmp_path):
         assert model.generate("What?", audio=source, **SAMPLED) == expected
 
 
+def test_clips_come_after_pictures_and_before_recordings(model):
+    expected = model.generate(messages=turn(WIDE, MOVING, LOW, "What?"), **SAMPLED)
+    media = {"image": WIDE, "audio": (LOW, 16_000)}
+    assert model.generate("What?", video=MOVING, **media, **SAMPLED) == expected
+    others = [{"video": [MOVING, MOVING.flip(0)]}, {"video": MOVING.flip(0)}, {}]
+    answers = [expected, *(model.generate("What?", **media, **other, **SAMPLED) for other in others)]
+    assert len({tuple(answer.tokens) for answer in answers}) == 4
+
+
+def test_a_clip_may_come_in_any_form(model, tmp_path):
+    expected = model.generate(video=MOVING, **SAMPLED)
+    assert expected == model.generate(messages=turn(MOVING), **SAMPLED)
+    for source in (MOVING.numpy(), MOVING / 255, MOVING.movedim(1, -1)):
+        assert model.generate(video=source, **SAMPLED) == expected
+    frames = [Image.fromarray(frame) for frame in MOVING.movedim(1, -1).numpy()]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    for source in (tmp_path / "a.webp", str(tmp_path / "a.webp"), (tmp_path / "a.webp").read_bytes()):
+        assert model.generate(video=source, **SAMPLED) == expected
+
+
 def test_earlier_turns_are_remembered(model):
     history = [*turn(WIDE, "What?"), {"role": "assistant", "content": "A cat."}]
     answers = [model.generate(messages=[*history[:n], *turn("And?")], **SAMPLED).tokens for n in range(3)]
@@ -121,10 +144,11 @@ def test_plain_style_continues_without_roles(model):
 def test_each_row_of_a_batch_equals_the_row_run_alone(model, sampling):
     prompts = ["What is in the picture?", "Hi", "Compare.", "Count to seven, slowly."]
     images = [WIDE, None, [SMALL, TALL], [TALL]]
-    clips = [None, (HIGH, 16_000), None, [(LOW, 16_000), (HIGH, 16_000)]]
-    together = model.generate(prompts, image=images, audio=clips, **sampling)
-    rows = zip(prompts, images, clips, strict=True)
-    assert together == [model.generate(p, image=i, audio=a, **sampling) for p, i, a in rows]
+    sounds = [None, (HIGH, 16_000), None, [(LOW, 16_000), (HIGH, 16_000)]]
+    videos = [MOVING, None, MOVING[:2], [MOVING[1:], MOVING[3:]]]
+    together = model.generate(prompts, image=images, video=videos, audio=sounds, **sampling)
+    rows = zip(prompts, images, videos, sounds, strict=True)
+    assert together == [model.generate(p, image=i, video=v, audio=a, **sampling) for p, i, v, a in rows]
     assert len({tuple(answer.tokens) for answer in together}) > 1
 
 
@@ -151,7 +175,9 @@ def test_a_batch_of_one_is_a_list(model):
 # -------------------------------------------------------------------------------------------------------------- stream
 
 
-@pytest.mark.parametrize("content", [("Hi",), (WIDE, "What?"), (LOW,)], ids=["text", "picture", "speech"])
+@pytest.mark.parametrize(
+    "content", [("Hi",), (WIDE, "What?"), (MOVING,), (LOW,)], ids=["text", "picture", "clip", "speech"]
+)
 def test_the_pieces_of_a_stream_are_the_answer(model, content):
     expected = model.generate(messages=turn(*content), **SAMPLED)
     *deltas, done = model.stream(turn(*content), **SAMPLED)
@@ -231,8 +257,9 @@ def test_an_answer_ends_at_a_stop_string(model):
         ({"prompt": ["a", "b"], "image": [WIDE]}, "image: a batch of 2 prompts needs a list"),
         ({"prompt": "Hi", "temprature": 1}, "unknown option 'temprature'; sampling options are max_new_tokens"),
         ({"prompt": "Hi", "temperature": -1}, "temperature must be 0"),
-        ({"prompt": "Hi", "video": "a.mp4"}, "unknown option 'video'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "takes no video"),
+        ({"prompt": "Hi", "video": "nowhere.mp4"}, "video: there is no file 'nowhere.mp4'"),
+        ({"video": b"noise"}, "video: "),
+        ({"prompt": ["a", "b"], "video": "a.mp4"}, "video: a batch of 2 prompts needs a list"),
         ({"prompt": ["a", "b"], "audio": "a.wav"}, "audio: a batch of 2 prompts needs a list"),
         ({"audio": "nowhere.wav"}, "audio: there is no file 'nowhere.wav'"),
         ({"audio": b"noise"}, "audio: the given data is no audio"),
@@ -267,6 +294,10 @@ def test_a_text_model_refuses_pictures(model):
     assert len(text_only.generate("Hi", **SAMPLED).tokens) == SAMPLED["max_new_tokens"]
     with pytest.raises(ValueError, match="this model takes no image; it takes text only"):
         text_only.generate("What?", image=WIDE)
+    with pytest.raises(ValueError, match="this model takes no video; it takes text only"):
+        text_only.generate("What?", video=MOVING)
+    with pytest.raises(ValueError, match="video: this model has no video part"):
+        text_only.encode_clips(model.processor.collate([model.processor.encode(turn(MOVING))]))
     with pytest.raises(ValueError, match="this model takes no audio; it takes text only"):
         text_only.generate("What?", audio=(LOW, 16_000))
     with pytest.raises(ValueError, match="image: this model has no image part"):

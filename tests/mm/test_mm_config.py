@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from lm.config import PRESETS, LlamaConfig, RopeScaling
-from mm.config import IMAGE_PRESETS, SPEECH_PRESETS, MultimodalConfig, add_speech, from_mapping, with_parts
+from mm.config import (
+    IMAGE_PRESETS,
+    SPEECH_PRESETS,
+    VIDEO_PRESETS,
+    MultimodalConfig,
+    add_part,
+    add_speech,
+    from_mapping,
+    with_parts,
+)
+from video.adapter import PRESETS as VIDEO_ADAPTERS
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -20,7 +30,8 @@ def plain(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", IMAGE_PRESETS)
 @pytest.mark.parametrize("lm", ["debug", "llama3-8b", "llama3.2-1b"])
 def test_json_gives_back_the_same_configuration(lm, name):
-    config = with_parts(PRESETS[lm](), image=name, speech=name, chat="llama3", lm_source="some/where")
+    video = None if (lm, name) == ("debug", "paper") else name  # it has too few layers for the paper's placement
+    config = with_parts(PRESETS[lm](), image=name, speech=name, video=video, chat="llama3", lm_source="some/where")
     assert from_mapping(MultimodalConfig, plain(config)) == config
 
 
@@ -42,8 +53,21 @@ def test_ears_bring_three_rows_which_come_after_what_is_there():
     assert add_speech(with_parts(PRESETS["debug"](), image="debug", chat="chatml"), "debug") == config
 
 
+def test_a_video_part_brings_one_row_and_looks_through_the_image_part():
+    config = with_parts(PRESETS["debug"](), image="debug", speech="debug", video="debug", chat="chatml")
+    assert (config.media_ids, config.n_new_tokens) == ({"image": 320, "audio": 321, "video": 324}, 5)
+    assert [config.new_token_rows(kind) for kind in ("image", "audio", "video")] == [(0,), (1, 2, 3), (4,)]
+    assert config.video.adapter.feature_dim == config.image.encoder.feature_dim
+    assert config.video.adapter.aggregator.n_tokens == config.image.encoder.n_tokens
+    assert VIDEO_PRESETS.keys() == VIDEO_ADAPTERS.keys() == IMAGE_PRESETS.keys()
+    with pytest.raises(ValueError, match="video: a model without an image part cannot look at frames"):
+        with_parts(PRESETS["debug"](), video="debug", chat="chatml")
+    with pytest.raises(ValueError, match="video: this model has a video part already"):
+        add_part(config, "video", "debug")
+
+
 LM = plain(PRESETS["llama3.2-1b"]())
-WHOLE = plain(with_parts(PRESETS["debug"](), image="debug", speech="debug", chat="chatml"))
+WHOLE = plain(with_parts(PRESETS["debug"](), image="debug", speech="debug", video="debug", chat="chatml"))
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -77,11 +101,15 @@ def nested(path: str, value: Any) -> dict[str, Any]:
         ("image.adapter.layers", [1, "3"], r"the file.image.adapter.layers\[1\]: expected int, got '3'"),
         ("media_ids", [320], "the file.media_ids: expected a mapping"),
         ("media_ids.image", "320", "the file.media_ids.image: expected int"),
-        ("media_ids.image", 324, "id 324 of 'image' has no embedding row"),
-        ("speech.end_id", 324, "id 324 of 'end_id' has no embedding row"),
+        ("media_ids.image", 325, "id 325 of 'image' has no embedding row"),
+        ("speech.end_id", 325, "id 325 of 'end_id' has no embedding row"),
+        ("video.adapter.aggregator.factr", 4, "aggregator: unknown key 'factr'; did you mean 'factor'"),
+        ("video.max_frames", 0, "max_frames must be at least 1, got 0"),
+        ("media_ids.video", ..., "media_ids: a model's video part needs the id of its video token"),
+        ("image", None, "video: a model without an image part cannot look at frames"),
         ("speech.encoder.stak", 4, "the file.speech.encoder: unknown key 'stak'; did you mean 'stack'"),
-        ("media_ids.audio", ..., "media_ids: a model with a speech part needs the id of its audio token"),
-        ("media_ids", {}, "media_ids: a model with an image part needs the id of its image token"),
+        ("media_ids.audio", ..., "media_ids: a model's speech part needs the id of its audio token"),
+        ("media_ids", {}, "media_ids: a model's image part needs the id of its image token"),
         ("lm.n_kv_heads", 5, "n_heads 6 must be a multiple of n_kv_heads 5"),
     ],
 )
@@ -107,3 +135,5 @@ def test_an_unknown_part_names_the_known_ones():
     assert SPEECH_PRESETS.keys() == IMAGE_PRESETS.keys()
     with pytest.raises(ValueError, match="speech preset 'huge' is unknown; choose one of debug, bundled, paper"):
         with_parts(PRESETS["debug"](), speech="huge", chat="chatml")
+    with pytest.raises(ValueError, match="video preset 'huge' is unknown; choose one of debug, bundled, paper"):
+        with_parts(PRESETS["debug"](), image="debug", video="huge", chat="chatml")

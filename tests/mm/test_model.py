@@ -63,7 +63,26 @@ def test_other_tile_sizes_are_taken_up_by_the_processor():
         compose("debug").resize_tiles(56)
 
 
-# ------------------------------------------------------------------------------------------------------------- swap_lm
+def test_frames_take_up_other_tile_sizes_counts_and_factors():
+    model = debug_model().eval()
+    clip = torch.randint(256, (11, 3, 29, 83), dtype=torch.uint8)
+    model.resize_tiles(56)
+    model.change_frames(max_frames=9, factor=2)
+    assert model.config.video.adapter == model.video_adapter.config
+    content = [{"role": "user", "content": [{"type": "video", "video": clip}]}]
+    (frames,) = model.processor.encode(content).clips
+    assert len(frames) == 9 and frames[0].pixels_NCHW.shape[-2:] == (56, 56)
+    batch = model.processor.collate([model.processor.encode(content)])
+    n_tokens = model.encode_clips(batch).start_BM.shape[1]
+    assert n_tokens == 5 * frames[0].pixels_NCHW.shape[0] * (4 * 4 + 1)  # 9 frames, 2 to a group
+    assert len(model.generate("What?", video=clip, max_new_tokens=3).tokens) == 3
+    model.change_frames(factor=9)
+    assert model.config.video.max_frames == 9 and model.encode_clips(batch).start_BM.shape[1] * 5 == n_tokens
+    with pytest.raises(ValueError, match="max_frames, factor: this model has no video part"):
+        compose("debug", image="debug").change_frames(7)
+
+
+# ------------------------------------------------------------------------------------------------------------- swaps
 
 
 @torch.no_grad()
@@ -90,6 +109,26 @@ def test_a_swapped_language_model_is_the_one_that_is_saved(tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["lm_source"] is None
     again = MultimodalLlama.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(again.lm.state_dict()[key], tensor) for key, tensor in other.state_dict().items())
+
+
+@torch.no_grad()
+def test_swapping_the_image_part_leaves_the_rest_and_takes_its_token(tmp_path):
+    model, other = debug_model(seed=0), debug_model(seed=1)
+    other.resize_tiles(42)
+    other.save_pretrained(tmp_path / "other")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.swap_image(tmp_path / "other")
+    assert model.config.image == other.config.image and model.config.video.adapter.aggregator.n_tokens == 10
+    theirs = other.state_dict()
+    for key, tensor in model.state_dict().items():
+        if key == "new_tokens.weight":
+            assert torch.equal(tensor, torch.cat([theirs[key][:1], before[key][1:]]))
+        elif key != "video_adapter.aggregator.latents":  # which are interpolated
+            assert torch.equal(tensor, (theirs if key.startswith("image_") else before)[key]), key
+    assert model.generate("What?", image=PICTURE, video=PICTURE[None], max_new_tokens=3).tokens
+    compose("debug").save_pretrained(tmp_path / "blind")
+    with pytest.raises(ValueError, match=r"swap_image: .* has another image part than this model"):
+        model.swap_image(tmp_path / "blind")
 
 
 def test_a_language_model_of_another_shape_is_refused(tmp_path):

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 from lm.chat import chat_format
+from lm.config import PRESETS as PRESETS_LM
 from lm.tokenizer import ByteTokenizer
+from mm.config import with_parts
 from mm.processor import Processor, Sample
+from video.frames import load_frames
 from vision.encoder import PRESETS
 from vision.tiling import tile_image
 
@@ -25,8 +28,24 @@ def make_processor(**encoder) -> Processor:
     return Processor(chat_format("chatml", TOKENIZER, {"image": IMAGE_ID}), dataclasses.replace(ENCODER, **encoder))
 
 
+def make_video_processor(**encoder) -> Processor:
+    """Tiles of 28 pixels, at most 2 of a frame and 4 of a picture; at most 7 frames."""
+    config = with_parts(PRESETS_LM["debug"](), image="debug", video="debug", chat="chatml")
+    chat = chat_format("chatml", TOKENIZER, config.media_ids)
+    return Processor(chat, dataclasses.replace(ENCODER, **encoder), video=config.video)
+
+
 def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def clip(n_frames: int, width: int, height: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n_frames)
+    return torch.randint(256, (n_frames, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def video(frames: torch.Tensor) -> dict:
+    return {"type": "video", "video": frames}
 
 
 WIDE, SMALL, TALL = noise(83, 27), noise(19, 23), noise(28, 113)
@@ -154,9 +173,49 @@ def test_tiles_are_padded_to_the_largest_picture_or_for_the_released_encoder_to_
     assert make_processor(released_padding_quirk=True).collate(few).pictures.tiles_PNCHW.shape[:2] == (1, 4)
 
 
+def test_a_clip_is_one_token_and_its_frames_are_tiled_alike():
+    processor = make_video_processor()
+    long, short = clip(19, 120, 29), clip(2, 17, 23)
+    sample = processor.encode(
+        [{"role": "user", "content": [text("a"), video(long), image(WIDE), video(short)]}], style="plain"
+    )
+    assert sample.ids == [END_OF_TEXT, *b"a", 321, IMAGE_ID, 321, END_OF_TEXT]
+    assert sample.clip_positions == [2, 4] and sample.picture_positions == [3]
+    assert sample.supervised == [False, True, False, False, False, True]
+    assert [[(tiles.rows, tiles.columns) for tiles in frames] for frames in sample.clips] == [
+        [(1, 2)] * 7,
+        [(1, 1)] * 2,
+    ]
+    assert (sample.tiles[0].rows, sample.tiles[0].columns) == (1, 3)  # a picture may have more tiles than a frame
+    chosen = load_frames(long, 7)
+    for tiles, frame in zip(sample.clips[0], chosen, strict=True):
+        assert torch.equal(tiles.pixels_NCHW, tile_image(frame, 28, 2).pixels_NCHW)
+
+
+def test_clips_of_all_rows_come_in_reading_order_and_count_no_padding():
+    processor = make_video_processor()
+    rows = [
+        [text("ab"), video(clip(5, 29, 57)), text("c"), video(clip(3, 13, 17))],
+        [text("d")],
+        [video(clip(1, 57, 29))],
+    ]
+    samples = [processor.encode([{"role": "user", "content": row}], style="plain") for row in rows]
+    for pad_side in ("left", "right"):
+        batch = processor.collate(samples, pad_side=pad_side)
+        assert batch.clip_row_V.tolist() == [0, 0, 2] and batch.clip_position_V.tolist() == [3, 5, 1]
+        assert batch.clips.n_frames_V.tolist() == [5, 3, 1]
+        assert batch.clips.frames.grid_P2.tolist() == [[2, 1]] * 5 + [[1, 1]] * 3 + [[1, 2]]
+        assert (batch.ids_BT == 321).sum() == 3 and not batch.supervised_BT[batch.ids_BT == 321].any()
+    moved = batch.to("meta").clips
+    assert {moved.frames.tiles_PNCHW.device.type, moved.n_frames_V.device.type} == {"meta"}
+    padded = make_video_processor(released_padding_quirk=True).collate(samples[2:])
+    assert padded.clips.frames.tiles_PNCHW.shape[:2] == (1, 4)
+
+
 def test_text_alone_has_no_pictures_and_equal_rows_no_mask(samples):
     alone = make_processor().collate([samples[1], samples[1]])
     assert alone.pictures is None and len(alone.picture_row_P) == 0
+    assert alone.clips is None and len(alone.clip_row_V) == 0
     assert alone.valid_BS is None
     assert torch.equal(make_processor().collate(samples).valid_BS, make_processor().collate(samples).valid_BT)
 
@@ -164,6 +223,6 @@ def test_text_alone_has_no_pictures_and_equal_rows_no_mask(samples):
 def test_a_batch_moves_whole(samples):
     batch = make_processor().collate(samples).to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 7
     assert {t.device.type for t in [*tensors, batch.pictures.tiles_PNCHW, batch.pictures.grid_P2]} == {"meta"}
     assert make_processor().collate(samples[1:2]).to("meta").pictures is None

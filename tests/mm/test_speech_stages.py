@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from data.audio import encode_flac
 from data.shards import Sample, open_source, write_shard
 from lm.checkpoint import load_llama
-from mm.checkpoint import debug_model, give_ears
+from mm.checkpoint import debug_model, give
 from mm.config import from_mapping
 from mm.generate import Generation
 from mm.model import MultimodalLlama
@@ -225,8 +225,8 @@ def test_debug_ears_learn_to_listen(data: dict[str, Any], tmp_path: Path) -> Non
 
     def loss(order: tuple[int, ...]) -> float:
         samples = [trainer.objective.reader.prepare(raw) for raw in trainer.heldout]
-        clips = [samples[i].clips for i in order]
-        exchanged = [replace(sample, clips=clip) for sample, clip in zip(samples, clips, strict=True)]
+        mels = [samples[i].mels for i in order]
+        exchanged = [replace(sample, mels=mel) for sample, mel in zip(samples, mels, strict=True)]
         with torch.no_grad():
             batch = Collate(trainer.objective.reader, 4)(exchanged).micro_batches[0]
             return float(trainer.objective.loss(batch))
@@ -355,7 +355,7 @@ def test_only_training_samples_are_varied(data: dict[str, Any]) -> None:
         plain = read_mel(raw.messages[0]["content"][0]["audio"], log_mel)
 
         def mel_of(sample: Any) -> torch.Tensor:
-            return sample.clips[0] if hasattr(sample, "clips") else sample.mel_TM
+            return sample.mels[0] if hasattr(sample, "mels") else sample.mel_TM
 
         assert torch.equal(mel_of(reader.prepare(raw)), plain)
         varied = mel_of(reader.prepare(raw, augment=True))
@@ -494,7 +494,11 @@ def test_the_task_says_what_is_asked(data: dict[str, Any], librispeech: Path) ->
         ("speech", {"lm": "debug"}, "give init_from, or lm together with speech"),
         ("speech", {"lm": "debug", "speech": "large"}, "model.speech: 'large' is unknown"),
         ("speech", {"init_from": "debug", "swap_lm": "debug"}, "model.swap_lm: stage speech does not read it"),
-        ("speech", {"init_from": "debug", "encoder": "x"}, "init_from brings its own encoder"),
+        (
+            "speech",
+            {"init_from": "debug", "encoder": "x"},
+            "init_from brings a speech part, which was trained; leave encoder out",
+        ),
         ("speech", {"init_from": "debug", "speech": "debug"}, "has a speech part already"),
         ("image-adapter", {"init_from": "debug", "speech": "debug"}, "model.speech: stage image-adapter does not"),
     ],
@@ -516,7 +520,7 @@ def test_mistakes_in_the_model_are_named(data: dict[str, Any], stage: str, model
         ("speech-ctc", {"task": "asr"}, {}, "task of .*: stage speech-ctc does not read it"),
         ("speech-encoder", {}, {"augment": {"waveform": {}}}, "data.augment: stage speech-encoder does not vary"),
         ("speech-ctc", {}, {"augment": {"spectrogram": {"max_bin": 3}}}, "did you mean 'max_bins'"),
-        ("speech-ctc", {}, {"tile_size": 42}, "data.tile_size: stage speech-ctc trains no image encoder"),
+        ("speech-ctc", {}, {"tile_size": 42}, "data.tile_size: stage speech-ctc does not read it"),
         ("image-adapter", {"format": "nemo"}, {}, "format of .*: stage image-adapter does not read it"),
     ],
 )
@@ -543,9 +547,9 @@ def test_an_encoder_of_another_kind_or_shape_is_refused(data: dict[str, Any], tm
 
 def test_a_model_without_ears_cannot_train_them(data: dict[str, Any], tmp_path: Path) -> None:
     seeing = without_ears(debug_model(), tmp_path / "seeing")
-    with pytest.raises(ValueError, match=r"has no ears; name new ones as model\.speech"):
+    with pytest.raises(ValueError, match=r"has no speech part; name a new one as model\.speech"):
         make_trainer("speech", data, model={"init_from": str(seeing)})
-    assert give_ears(MultimodalLlama.from_pretrained(seeing), "debug").speech_encoder is not None
+    assert give(MultimodalLlama.from_pretrained(seeing), "speech", "debug").speech_encoder is not None
 
 
 # --- replies to spoken questions --------------------------------------------------------------------------------------

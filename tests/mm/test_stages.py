@@ -8,6 +8,7 @@ from torch import nn
 
 from mm.checkpoint import debug_model
 from mm.stages import STAGES, LearningRates, apply, part_of
+from mm.train.loss import next_token_loss
 from speech.bestrq import BestRQ, BestRQConfig
 from speech.conformer import PRESETS as CONFORMERS
 from speech.conformer import Conformer
@@ -18,12 +19,14 @@ from vision.encoder import PRESETS, ImageEncoder
 RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3)
 TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
 
-#: Sections 7.4, 7.5.2 and 8.3.1: the language model never trains; encoders do in every stage; adapters where text is the target.
+#: Sections 7.4, 7.5.2 and 8.3.1: the language model never trains; encoders do but for video; adapters where text is the target.
 MATRIX = {
     "image-encoder": {"stem", "vit", "head"},
     "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
+    "video": {"video_adapter", "new_tokens"},
+    "video-sft": {"video_adapter", "new_tokens"},
     "speech-encoder": {"speech_encoder", "head"},
     "speech-ctc": {"speech_encoder", "head"},
     "speech-align": {"speech_encoder", "speech_adapter", "head"},
@@ -59,13 +62,28 @@ def test_exactly_the_papers_parts_train(stage: str) -> None:
 def test_applying_again_and_after_another_stage_gives_the_same(stage: str) -> None:
     fresh, used = model_of(stage), model_of(stage)
     apply(STAGES[stage], fresh, RATES)
-    apply(STAGES[stage], used, LearningRates(encoder=1.0))
+    apply(STAGES[stage], used, LearningRates(encoder=1.0, gates=1.0))
     apply(STAGES[stage], used, RATES)
     apply(STAGES[stage], used, RATES)
     for (name, a), b in zip(fresh.named_parameters(), used.parameters(), strict=True):
         assert a.requires_grad == b.requires_grad, name
     for (name, a), b in zip(fresh.named_modules(), used.modules(), strict=True):
         assert a.training == b.training, name
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("video", [4]), ("video-sft", [4]), ("speech", [2, 3])])
+def test_of_the_new_tokens_only_the_stages_own_learn(stage: str, rows: list[int]) -> None:
+    """Whatever else a sample shows: rows are those of picture, speech (spoken over), its start and end, clip."""
+    model = debug_model()
+    apply(STAGES["speech" if stage == "video" else "video"], model, RATES)
+    apply(STAGES[stage], model, RATES)
+    clip = torch.randint(256, (3, 3, 29, 31), dtype=torch.uint8)
+    media = {"image": clip[0], "video": clip, "audio": (torch.rand(4000), 16_000)}
+    content = [{"type": kind, kind: source} for kind, source in media.items()]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
+    next_token_loss(model, model.processor.collate([model.processor.encode(messages)])).backward()
+    assert model.new_tokens is not None and model.new_tokens.weight.grad is not None
+    assert model.new_tokens.weight.grad.abs().amax(1).nonzero()[:, 0].tolist() == rows
 
 
 def test_groups_have_their_rates_and_decay() -> None:

@@ -181,9 +181,16 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     config = load_config(path.with_name(path.stem + suffix + ".yaml"))
     assert config.stage == stage and config.data.heldout
     rates = config.optim.lr
-    parts = {"image-encoder": "", "speech-encoder": "head", "speech-ctc": "head"}
-    parts |= {"speech-align": "adapter head", "speech": "adapter"}
-    assert rates.encoder > 0 and all(getattr(rates, part) > 0 for part in parts.get(stage, "adapter gates").split())
+    rated = {
+        "image-encoder": {"encoder"},
+        "video": {"adapter", "gates"},
+        "video-sft": {"adapter", "gates"},
+        "speech-encoder": {"encoder", "head"},
+        "speech-ctc": {"encoder", "head"},
+        "speech-align": {"encoder", "adapter", "head"},
+        "speech": {"encoder", "adapter"},
+    }
+    assert all(getattr(rates, part) > 0 for part in rated.get(stage, {"encoder", "adapter", "gates"}))
 
 
 def test_the_papers_numbers() -> None:
@@ -212,8 +219,8 @@ def test_command_line_beats_yaml_beats_defaults(run_data: dict[str, Any], tmp_pa
         ("stage=image-adaptor", "stage 'image-adaptor' is unknown"),
         ("optim.steps=many", "expected int"),
         ("optim.warmup=4", "must be less than optim.steps"),
-        ("model.swap_lm=debug", "image-sft swaps it"),
-        ("model.lm=debug", "leave lm, image, encoder and stem out"),
+        ("model.swap_lm=debug", "finetuning swaps it"),
+        ("model.lm=debug", "init_from brings its language model; leave lm out"),
         ("data.sources.5.path=a.tar", "has no place"),
         ("data.sources.0.style=poem", "choose 'chat' or 'plain'"),
         ("dtype=float8", "choose one of float32, bfloat16"),

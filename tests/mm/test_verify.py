@@ -32,6 +32,7 @@ def test_a_whole_model_passes(debug: MultimodalLlama) -> None:
         "strict keys",
         "text parity",
         "text parity beside pictures",
+        "text parity beside clips",
         "text parity beside recordings",
     ]
     assert not failed(checks)
@@ -42,15 +43,20 @@ def test_a_language_model_alone_passes() -> None:
 
 
 def test_an_adapter_that_touches_text_is_caught(debug: MultimodalLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(debug, "adapters", lambda memory, position_BT: {3: lambda h_BTD: h_BTD + 1e-3})
-    assert failed(check_model(debug)) == ["text parity", "text parity beside pictures", "text parity beside recordings"]
+    monkeypatch.setattr(debug, "adapters", lambda media, position_BT: {3: lambda h_BTD: h_BTD + 1e-3})
+    beside = [f"text parity beside {media}" for media in ("pictures", "clips", "recordings")]
+    assert failed(check_model(debug)) == ["text parity", *beside]
 
 
-def test_a_picture_that_reaches_back_is_caught(debug: MultimodalLlama, monkeypatch: pytest.MonkeyPatch) -> None:
-    bind = debug.adapters
-    everywhere = torch.full((2, 23), 8)  # every token of both rows claims to stand after the picture
-    monkeypatch.setattr(debug, "adapters", lambda memory, position_BT: bind(memory, everywhere))
-    assert failed(check_model(debug)) == ["text parity beside pictures"]
+@pytest.mark.parametrize("media", ["pictures", "clips"])
+def test_a_medium_that_reaches_back_is_caught(
+    debug: MultimodalLlama, monkeypatch: pytest.MonkeyPatch, media: str
+) -> None:
+    adapter = {"pictures": debug.image_adapter, "clips": debug.video_adapter}[media]
+    bind = adapter.bind
+    everywhere = torch.full((2, 23), 8)  # every token of both rows claims to stand after the medium
+    monkeypatch.setattr(adapter, "bind", lambda memory, position_BT: bind(memory, everywhere))
+    assert failed(check_model(debug)) == [f"text parity beside {media}"]
 
 
 def test_a_recording_that_reaches_another_row_is_caught(
@@ -82,8 +88,8 @@ def test_a_changed_language_model_is_named() -> None:
 
 def test_the_command_says_all_in_plain_words_and_ends_with_zero() -> None:
     result = CliRunner().invoke(app, ["verify", "debug"])
-    assert result.exit_code == 0 and "all 16 checks passed" in result.stdout
-    assert result.stdout.count("pass  ") == 16
+    assert result.exit_code == 0 and "all 19 checks passed" in result.stdout
+    assert result.stdout.count("pass  ") == 19
 
 
 def test_the_command_ends_with_one_and_names_the_missing_tensor(debug: MultimodalLlama, tmp_path: Path) -> None:
@@ -93,7 +99,7 @@ def test_the_command_ends_with_one_and_names_the_missing_tensor(debug: Multimoda
     del tensors["image_adapter.projection.bias"]
     save_file(tensors, file)
     result = CliRunner().invoke(app, ["verify", str(tmp_path)])
-    assert result.exit_code == 1 and "1 of 13 checks failed" in result.stdout
+    assert result.exit_code == 1 and "1 of 15 checks failed" in result.stdout
     assert "FAIL  strict keys" in result.stdout and "image_adapter.projection.bias" in result.stdout
 
 
@@ -102,10 +108,10 @@ def test_a_source_that_does_not_load_is_a_failed_check() -> None:
 
 
 def test_parts_add_up_and_the_papers_numbers_hold() -> None:
-    model = preset_model("smollm2-135m", "bundled", "bundled")
+    model = preset_model("smollm2-135m", "bundled", "bundled", "bundled")
     assert sum(count_parts(model).values()) == sum(p.numel() for p in model.parameters())
     claims = paper_claims()
-    assert len(claims) == len(check_counts()) == 12
+    assert len(claims) == len(check_counts()) == 14
     assert [claim.what for claim in claims if not claim.holds] == []
 
 
