@@ -308,9 +308,10 @@ class _Track:
 
 def _turns(frame: av.VideoFrame) -> list[Image.Transpose]:
     """What makes a frame upright, by its display matrix: `x' = a x + c y`, `y' = b x + d y`."""
-    if "DISPLAYMATRIX" not in frame.side_data:
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return []
-    a, b, _, c, d = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     swaps = abs(b) > abs(a)
     across, down = (c, b) if swaps else (a, d)
     turns = [(swaps, Image.Transpose.TRANSPOSE)]
