@@ -401,6 +401,26 @@ def pictures(
 
 
 @make_app.command()
+def clips(
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "motions,races,pairs,order,blinks,changes",
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 2,
+) -> None:
+    """Draws clips with questions that no single frame answers into WebDataset shards, some held out.
+
+    Example: `mm data make clips --out shards/clips --kinds motions,order --scale 0.01`
+    """
+    from data.make.clips import make_clips
+
+    manifest = make_clips(out, seed=seed, kinds=kinds.split(","), scale=scale, workers=workers)
+    for name, kind in manifest["kinds"].items():
+        print(f"{name}: {kind['clips']['train']} clips to train on, {kind['clips']['heldout']} held out")
+    print(f"wrote {out}; look at {out}/contact-sheet-*.png")
+
+
+@make_app.command()
 def speech(
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
@@ -426,7 +446,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help="Shards (folder or pattern), or a LLaVA .json or .jsonl.")],
     samples: Annotated[int, typer.Option(help="How many, from the start.", min=1)] = 12,
     sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact-sheet.png"),
-    image_folder: Annotated[Path | None, typer.Option(help="Where a LLaVA file's pictures are.")] = None,
+    image_folder: Annotated[Path | None, typer.Option(help="Where a LLaVA file's pictures or clips are.")] = None,
 ) -> None:
     """Shows the first samples of a source as text and as a contact sheet.
 
@@ -434,8 +454,10 @@ def inspect(
     """
     from data.audio import audio_seconds
     from data.images import load_image
+    from data.make.canvas import strip
     from data.shards import open_source
     from mm.sheet import Shown, contact_sheet
+    from video.frames import load_frames, video_seconds
 
     opened, shown = open_source(source, name=source, image_folder=image_folder), []
     for sample in (opened[i] for i in range(min(samples, len(opened)))):
@@ -447,6 +469,11 @@ def inspect(
                 text = f"a picture of {pictures[-1].width} x {pictures[-1].height} pixels"
             elif part["type"] == "audio":
                 text = f"a recording of {audio_seconds(part['audio']):.1f} s"
+            elif part["type"] == "video":
+                frames = load_frames(part["video"])
+                pictures.append(strip(frames))
+                seconds = video_seconds(part["video"])
+                text = f"a clip of {seconds:.1f} s and {frames[0].width} x {frames[0].height} pixels"
             else:
                 text = part["text"]
                 said[role] = said.get(role) or text
