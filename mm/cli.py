@@ -73,6 +73,14 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Style(StrEnum):
+    """How questions about clips are put."""
+
+    OPEN = "open"
+    SHORT = "short"
+    CHOICE = "choice"
+
+
 Model = Annotated[
     str, typer.Option(help="`bundled`, `debug`, a directory, a Hub id (owner/name) or a .gguf file.", show_default=True)
 ]
@@ -502,6 +510,29 @@ def eval_pictures(
     from mm.eval.pictures import main
 
     main(model, shards, out, limit=limit, batch_size=batch_size)
+
+
+@eval_app.command("video")
+def eval_video(
+    shards: Annotated[Path, typer.Option(help="Folder of `mm data make clips`.")],
+    model: Model = "bundled",
+    limit: Annotated[int, typer.Option(help="Questions per task.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together; changes the speed alone.")] = 16,
+    style: Annotated[
+        Style, typer.Option(help="`open` as they are, `short` or `choice` with the paper's prompts.")
+    ] = Style.OPEN,
+    out: Annotated[Path, typer.Option(help="Folder for results, answers and a contact sheet.")] = Path("eval"),
+) -> None:
+    """Measures answers about held-out clips.
+
+    Each question is also asked without the clip, with one frame of it, and with its frames shuffled and reversed, which
+    shows whether the model follows what happens.
+
+    Example: `mm eval video --shards shards/clips --limit 100 --out runs/eval-video`
+    """
+    from mm.eval.video import main
+
+    main(model, shards, out, limit=limit, batch_size=batch_size, style=style.value)
 
 
 @eval_app.command("speech")

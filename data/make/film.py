@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import av
 import numpy as np
@@ -89,7 +89,7 @@ def encode_mp4(frames: Sequence[Image.Image], rate: int = RATE) -> bytes:
     if codec not in av.codecs_available:
         codec, options = "mpeg4", {"qmin": "2", "qmax": "5"}
     with av.open(file, "w", format="mp4", container_options={"fflags": "+bitexact"}) as out:
-        stream = out.add_stream(codec, rate=rate, options=options)
+        stream = cast(av.VideoStream, out.add_stream(codec, rate=rate, options=options))
         stream.width, stream.height = frames[0].size
         stream.pix_fmt, stream.gop_size = "yuv420p", len(frames)
         stream.thread_count = 1  # how frames are cut up among threads would change the bytes
