@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, count, dropwhile, islice
 from typing import Any, BinaryIO, cast
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
@@ -221,9 +223,10 @@ class _Track:
         self.codec = stream.codec_context
         if stream.metadata.get("alpha_mode") == "1" and self.codec.name in ("vp8", "vp9"):
             # FFmpeg's own decoders leave transparency out; libvpx has it.
-            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[self.codec.name]
-            self.codec = cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
+            decoder = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[self.codec.name]
+            self.codec = cast(av.VideoCodecContext, av.CodecContext.create(decoder, "r"))
         self.codec.options = {"max_pixels": str(MAX_PIXELS)}  # also for frames that are larger than the header says
+        self.converter = VideoReformatter()  # its tables are kept from frame to frame
         self.n_frames = self.n_bad = 0
         self.reached = 0.0
         self.layout: tuple[int, int, list[Image.Transpose]] | None = None
@@ -276,11 +279,12 @@ class _Track:
         if self.layout is None:
             self.layout = (*self._size(frame), _turns(frame))
         width, height, turns = self.layout
+        convert = partial(self.converter.reformat, frame, width, height)
         if frame.color_trc in HDR_TRANSFERS:
-            pixels = to_standard_range(frame.reformat(width, height, "rgb48le").to_ndarray(), frame.color_trc)
+            pixels = to_standard_range(convert("rgb48le").to_ndarray(), frame.color_trc)
         else:
             has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
-            pixels = frame.reformat(width, height, "rgba" if has_alpha else "rgb24").to_ndarray()
+            pixels = convert("rgba" if has_alpha else "rgb24").to_ndarray()
         picture = load_image(Image.fromarray(pixels))  # lays transparency on white
         for turn in turns:
             picture = picture.transpose(turn)

@@ -61,7 +61,7 @@ def asked(kind: str, n: int) -> Iterator[tuple[dict, list[str], dict[str, np.nda
 
 def test_motions_are_seen_in_the_pixels() -> None:
     seen: Counter[str] = Counter()
-    for q, (colour, *_), found in asked("motions", 20):
+    for q, (colour, *_), found in asked("motions", 14):
         n, x, y = found[colour].T
         if q["task"] == "direction":
             dx, dy = motions.DIRECTIONS[q["answer"]]
@@ -92,7 +92,7 @@ def test_turning_follows_the_clock(deed: str) -> None:
 
 
 def test_races_are_won_by_the_longer_way() -> None:
-    for q, colours, found in asked("races", 14):
+    for q, colours, found in asked("races", 8):
         ways = {colour: math.hypot(*(f[-1, 1:] - f[0, 1:])) for colour, f in found.items()}
         if q["task"] == "speed":
             best = (max if "faster" in q["question"] else min)(ways, key=ways.__getitem__)
@@ -102,7 +102,7 @@ def test_races_are_won_by_the_longer_way() -> None:
 
 
 def test_pairs_pass_or_turn_back() -> None:
-    for q, (one, other), found in asked("pairs", 16):
+    for q, (one, other), found in asked("pairs", 8):
         _, dx, dy = (found[one] - found[other]).T
         axis = dy if "above" in q["question"] else dx
         if q["task"] == "place":
@@ -114,7 +114,7 @@ def test_pairs_pass_or_turn_back() -> None:
 
 
 def test_order_is_that_of_first_and_last_frames() -> None:
-    for q, colours, found in asked("order", 16):
+    for q, colours, found in asked("order", 10):
         there = {colour: f[:, 0] > 60 for colour, f in found.items()}
         deed = "appear" if there[next(iter(there))][-1] else "disappear"
         times = {colour: int(np.argmax(shown if deed == "appear" else ~shown)) for colour, shown in there.items()}
@@ -129,7 +129,7 @@ def test_order_is_that_of_first_and_last_frames() -> None:
 
 
 def test_blinks_are_counted() -> None:
-    for q, colours, found in asked("blinks", 12):
+    for q, colours, found in asked("blinks", 7):
         dark = {colour: f[:, 0] < 60 for colour, f in found.items()}
         times = {colour: int((d[1:] & ~d[:-1]).sum()) for colour, d in dark.items()}
         if q["task"] == "count":
@@ -139,7 +139,7 @@ def test_blinks_are_counted() -> None:
 
 
 def test_changes_come_in_order() -> None:
-    for q, _, found in asked("changes", 12):
+    for q, _, found in asked("changes", 6):
         first, last = (max(found, key=lambda colour: found[colour][at, 0]) for at in (0, -1))
         assert q["answer"].startswith(first if q["task"] == "before" else last)
 
