@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mm.model import MultimodalLlama
 
 CONDITIONS = ("clip", "no_clip", "one_frame", "shuffled", "reversed")
-#: How questions are put: as they are, with the paper's prompt for short answers, or with its one for a choice (section 5).
+#: How questions are put: as they are, with the paper's prompt for short answers, or with its one for a choice (section 7.7).
 Style = Literal["open", "short", "choice"]
 SHORT_ANSWER = "Answer the question using a single word or phrase. {question}"
 MULTIPLE_CHOICE = (
