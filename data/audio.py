@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
@@ -21,6 +20,8 @@ import torch
 import torchaudio.functional as F
 from av.container import InputContainer
 from torch import Tensor
+
+from data.files import open_media
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _from_pair(pair: Any) -> tuple[Tensor, int]:
 @contextlib.contextmanager
 def _open_track(source: Any) -> Iterator[tuple[InputContainer, av.AudioStream, str]]:
     """An open recording, its first sound track, and what to call it in errors; FFmpeg's errors inside become ours."""
-    file, name = _open_stream(source)
+    file, name = open_media(source, "audio", "a path, bytes, or (waveform, sample_rate)")
     with file:
         start = file.read(16)
         if not start:
@@ -210,23 +211,6 @@ def _check_riff(file: BinaryIO, name: str) -> None:
         if kind == b"data" or missing >= 0:
             return
         file.seek(length + length % 2, os.SEEK_CUR)
-
-
-def _open_stream(source: Any) -> tuple[BinaryIO, str]:
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(source), "the given data"
-    if not isinstance(source, (str, os.PathLike)):
-        kind = type(source).__name__
-        raise ValueError(f"audio: cannot read a {kind}; give a path, bytes, or (waveform, sample_rate)")
-    text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
-        raise ValueError("audio: web addresses are not fetched; download the recording and give its path or bytes")
-    try:
-        return Path(text).open("rb"), repr(text)
-    except FileNotFoundError:
-        raise ValueError(f"audio: there is no file {text!r}") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ValueError(f"audio: cannot open {text!r} ({error})") from error
 
 
 def _header_seconds(container: InputContainer) -> float:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import os
 import warnings
-from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.files import open_media
 
 MAX_PIXELS = 100_000_000
 
@@ -66,28 +66,14 @@ def load_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _open_stream(source: Any) -> tuple[BinaryIO, str]:
     """A seekable file of encoded bytes, and what to call it in errors."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(source), "the given data"
     if hasattr(source, "read"):
         content = source.read()
         if not isinstance(content, bytes):
             raise ValueError("image: the file was opened as text; open it in mode 'rb'")
         return io.BytesIO(content), "the given file"
-    if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(
-            f"image: cannot read a {type(source).__name__}; give a path, bytes, a PIL image, an array or a tensor"
-        )
-    text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
-        raise ValueError("image: web addresses are not fetched; download the picture and give its path or bytes")
-    if text.startswith("data:"):
-        return io.BytesIO(_data_url(text)), "the data: URL"
-    try:
-        return Path(text).open("rb"), repr(text)
-    except FileNotFoundError:
-        raise ValueError(f"image: there is no file {text!r}") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise ValueError(f"image: cannot open {text!r} ({error})") from error
+    if isinstance(source, str) and source.startswith("data:"):
+        return io.BytesIO(_data_url(source)), "the data: URL"
+    return open_media(source, "image", "a path, bytes, a PIL image, an array or a tensor")
 
 
 def _data_url(url: str) -> bytes:

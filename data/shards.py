@@ -1,7 +1,7 @@
-"""Sources of samples on disk: WebDataset shards, and LLaVA's JSON beside a folder of pictures.
+"""Sources of samples on disk: WebDataset shards, and LLaVA's JSON beside a folder of pictures or clips.
 
 A shard is a plain tar whose neighbouring files with one name make a sample: `0007.jpg`, `0007.txt`, `0007.json`, or
-`0007.flac` with the same companions.
+`0007.flac` or `0007.mp4` with the same companions.
 Reading any sample costs one seek, because the byte offsets of a shard's samples are kept beside it
 (`shard.tar.index.npy`); so `data.stream` can jump to any position of an epoch. Files are only ever read as bytes, text
 and JSON: a shard cannot run code.
@@ -28,11 +28,13 @@ from tqdm import tqdm
 
 IMAGE_MARKER = "<image>"
 AUDIO_MARKER = "<audio>"
-_MARKER = re.compile(f"({IMAGE_MARKER}|{AUDIO_MARKER})")
+VIDEO_MARKER = "<video>"
+_MARKER = re.compile(f"({IMAGE_MARKER}|{AUDIO_MARKER}|{VIDEO_MARKER})")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _MEDIA = {  # kind -> extensions, numbered where a sample has several: `0.jpg`, `1.jpg`
     "image": re.compile(r"(\d+\.)?(jpg|jpeg|png|webp)"),
     "audio": re.compile(r"(\d+\.)?(flac|wav|opus|ogg|mp3|m4a)"),
+    "video": re.compile(r"(\d+\.)?(mp4|webm|mkv|gif)"),
 }
 _BLOCK = 512  # unit of the tar format
 
@@ -45,9 +47,9 @@ class Sample:
         key: its name within the source.
         source: the source's name.
         messages: `{"role": ..., "content": parts}` with parts `{"type": "text", "text": str}`,
-            `{"type": "image", "image": bytes}` or `{"type": "audio", "audio": bytes, path or AudioClip}`. A captioned
-            picture is a user who shows it and an assistant who says the caption; so is speech with its transcript.
-            Speech without one is the user alone.
+            `{"type": "image", "image": bytes}`, `{"type": "audio", "audio": bytes, path or AudioClip}` or
+            `{"type": "video", "video": bytes or path}`. A captioned picture or clip is a user who shows it and an
+            assistant who says the caption; so is speech with its transcript. Speech without one is the user alone.
         metadata: the sample's JSON. Speech may have its `duration` in seconds, `language` and `speaker` there.
         caption: the sample's text file, or the transcript; None where there is none.
     """
@@ -81,7 +83,7 @@ def open_source(path: str | Path, *, name: str, image_folder: str | Path | None 
     Args:
         path: shards as a folder or pattern (`shards/{0000..0099}.tar`, `shards/*.tar`), or LLaVA's `.json` or `.jsonl`.
         name: how logs and errors call it.
-        image_folder: what a LLaVA file's picture paths start from; the file's own folder when None.
+        image_folder: what a LLaVA file's paths of pictures and clips start from; the file's own folder when None.
 
     Raises:
         ValueError: a missing, truncated or unsuitable file, by name.
@@ -89,7 +91,7 @@ def open_source(path: str | Path, *, name: str, image_folder: str | Path | None 
     if Path(path).suffix in (".json", ".jsonl"):
         return LlavaSource(Path(path), name=name, image_folder=Path(image_folder or Path(path).parent))
     if image_folder is not None:
-        raise ValueError(f"image_folder: source {name!r} reads shards, which hold their own pictures; leave it out")
+        raise ValueError(f"image_folder: source {name!r} reads shards, which hold their own media; leave it out")
     return ShardSource(expand_shards(path), name=name)
 
 
@@ -240,9 +242,9 @@ class PackedRecords(Sequence[Any]):
 
 
 class LlavaSource:
-    """Conversations of a LLaVA `.json` (one list) or `.jsonl` (one record a line), whose pictures lie in a folder.
+    """Conversations of a LLaVA `.json` (one list) or `.jsonl` (one record a line), whose media lie in a folder.
 
-    A record is `{"id": ..., "image": path or [paths] or absent, "conversations": [...]}`.
+    A record is `{"id": ..., "image": path or [paths] or absent, "conversations": [...]}`, or has `video` likewise.
     """
 
     def __init__(self, path: Path, *, name: str, image_folder: Path) -> None:
@@ -272,12 +274,20 @@ class LlavaSource:
         record = self._records[index]
         key = str(record.get("id", index)) if isinstance(record, dict) else str(index)
         try:
-            names = record.get("image") or [] if isinstance(record, dict) else []
-            names = [names] if isinstance(names, str) else names
-            pictures = [{"type": "image", "image": self.image_folder.joinpath(name).read_bytes()} for name in names]
-            return Sample(key=key, source=self.name, messages=_messages(record, pictures, None), metadata=record)
+            media: list[dict[str, Any]] = [
+                {"type": "image", "image": path.read_bytes()} for path in self._paths(record, "image")
+            ]
+            clips = self._paths(record, "video")  # too large to be read before it is time to decode them
+            if missing := [str(path) for path in clips if not path.is_file()]:
+                raise ValueError(f"there is no file {missing[0]!r}")
+            media += [{"type": "video", "video": path} for path in clips]
+            return Sample(key=key, source=self.name, messages=_messages(record, media, None), metadata=record)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{error} (record {key!r} of source {self.name!r})") from error
+
+    def _paths(self, record: Any, kind: str) -> list[Path]:
+        names = record.get(kind) or [] if isinstance(record, dict) else []
+        return [self.image_folder / name for name in ([names] if isinstance(names, str) else names)]
 
 
 def _messages(metadata: Any, media: Sequence[dict[str, Any]], caption: str | None) -> list[dict[str, Any]]:
@@ -287,28 +297,32 @@ def _messages(metadata: Any, media: Sequence[dict[str, Any]], caption: str | Non
     if "conversations" in metadata:
         return _conversation(metadata["conversations"], media)
     if not media:
-        raise ValueError("the sample has neither a picture nor a conversation nor audio")
+        raise ValueError("the sample has neither a picture nor a clip nor audio nor a conversation")
     return captioned(media, caption)
 
 
 def captioned(media: Sequence[dict[str, Any]], caption: str | None) -> list[dict[str, Any]]:
-    """A user who shows pictures or speaks, and an assistant who says the caption or transcript.
+    """A user who shows pictures or clips or speaks, and an assistant who says the caption or transcript.
 
     Raises:
-        ValueError: a picture without a caption. Speech needs no transcript: the encoder learns from it alone.
+        ValueError: a picture or clip without a caption. Speech needs no transcript: the encoder learns from it alone.
     """
     user = {"role": "user", "content": list(media)}
     if caption is not None and caption.strip():
         return [user, {"role": "assistant", "content": [{"type": "text", "text": caption.strip()}]}]
-    if any(part["type"] == "image" for part in media):
-        raise ValueError("the picture has no caption")
+    for kind, noun in (("image", "picture"), ("video", "clip")):
+        if any(part["type"] == kind for part in media):
+            raise ValueError(f"the {noun} has no caption")
     return [user]
 
 
 def _conversation(turns: Any, media: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """LLaVA turns to messages; each marker in a human turn is the next medium of its kind."""
+    kinds = {part["type"] for part in media}
     try:
         turns = [(_ROLES[turn["from"]], turn["value"]) for turn in turns]
+        if "video" in kinds and "image" not in kinds:  # LLaVA-Video writes <image> where its clips go
+            turns = [(r, v.replace(IMAGE_MARKER, VIDEO_MARKER) if r == "user" else v) for r, v in turns]
         markers = Counter(marker for role, value in turns if role == "user" for marker in _MARKER.findall(value))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(
@@ -317,7 +331,9 @@ def _conversation(turns: Any, media: Sequence[dict[str, Any]]) -> list[dict[str,
     if not turns:
         raise ValueError("conversations is empty")
     remaining: dict[str, Iterator[dict[str, Any]]] = {}
-    for marker, kind, noun in ((IMAGE_MARKER, "image", "pictures"), (AUDIO_MARKER, "audio", "recordings")):
+    for marker, kind, noun in (
+        (IMAGE_MARKER, "image", "pictures"), (AUDIO_MARKER, "audio", "recordings"), (VIDEO_MARKER, "video", "clips")
+    ):  # fmt: skip
         parts = [part for part in media if part["type"] == kind]
         if markers[marker] != len(parts):
             raise ValueError(f"the conversation has {markers[marker]} {marker} markers for {len(parts)} {noun}")

@@ -73,6 +73,14 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Style(StrEnum):
+    """How questions about clips are put."""
+
+    OPEN = "open"
+    SHORT = "short"
+    CHOICE = "choice"
+
+
 Model = Annotated[
     str, typer.Option(help="`bundled`, `debug`, a directory, a Hub id (owner/name) or a .gguf file.", show_default=True)
 ]
@@ -414,6 +422,26 @@ def pictures(
 
 
 @make_app.command()
+def clips(
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "motions,races,pairs,order,blinks,changes",
+    scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 2,
+) -> None:
+    """Draws clips with questions that no single frame answers into WebDataset shards, some held out.
+
+    Example: `mm data make clips --out shards/clips --kinds motions,order --scale 0.01`
+    """
+    from data.make.clips import make_clips
+
+    manifest = make_clips(out, seed=seed, kinds=kinds.split(","), scale=scale, workers=workers)
+    for name, kind in manifest["kinds"].items():
+        print(f"{name}: {kind['clips']['train']} clips to train on, {kind['clips']['heldout']} held out")
+    print(f"wrote {out}; look at {out}/contact-sheet-*.png")
+
+
+@make_app.command()
 def speech(
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
@@ -439,7 +467,7 @@ def inspect(
     source: Annotated[str, typer.Argument(help="Shards (folder or pattern), or a LLaVA .json or .jsonl.")],
     samples: Annotated[int, typer.Option(help="How many, from the start.", min=1)] = 12,
     sheet: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("contact-sheet.png"),
-    image_folder: Annotated[Path | None, typer.Option(help="Where a LLaVA file's pictures are.")] = None,
+    image_folder: Annotated[Path | None, typer.Option(help="Where a LLaVA file's pictures or clips are.")] = None,
 ) -> None:
     """Shows the first samples of a source as text and as a contact sheet.
 
@@ -447,8 +475,10 @@ def inspect(
     """
     from data.audio import audio_seconds
     from data.images import load_image
+    from data.make.canvas import strip
     from data.shards import open_source
     from mm.sheet import Shown, contact_sheet
+    from video.frames import load_frames, video_seconds
 
     opened, shown = open_source(source, name=source, image_folder=image_folder), []
     for sample in (opened[i] for i in range(min(samples, len(opened)))):
@@ -460,6 +490,11 @@ def inspect(
                 text = f"a picture of {pictures[-1].width} x {pictures[-1].height} pixels"
             elif part["type"] == "audio":
                 text = f"a recording of {audio_seconds(part['audio']):.1f} s"
+            elif part["type"] == "video":
+                frames = load_frames(part["video"])
+                pictures.append(strip(frames))
+                seconds = video_seconds(part["video"])
+                text = f"a clip of {seconds:.1f} s and {frames[0].width} x {frames[0].height} pixels"
             else:
                 text = part["text"]
                 said[role] = said.get(role) or text
@@ -488,6 +523,29 @@ def eval_pictures(
     from mm.eval.pictures import main
 
     main(model, shards, out, limit=limit, batch_size=batch_size)
+
+
+@eval_app.command("video")
+def eval_video(
+    shards: Annotated[Path, typer.Option(help="Folder of `mm data make clips`.")],
+    model: Model = "bundled",
+    limit: Annotated[int, typer.Option(help="Questions per task.")] = 300,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together; changes the speed alone.")] = 16,
+    style: Annotated[
+        Style, typer.Option(help="`open` as they are, `short` or `choice` with the paper's prompts.")
+    ] = Style.OPEN,
+    out: Annotated[Path, typer.Option(help="Folder for results, answers and a contact sheet.")] = Path("eval"),
+) -> None:
+    """Measures answers about held-out clips.
+
+    Each question is also asked without the clip, with one frame of it, and with its frames shuffled and reversed, which
+    shows whether the model follows what happens.
+
+    Example: `mm eval video --shards shards/clips --limit 100 --out runs/eval-video`
+    """
+    from mm.eval.video import main
+
+    main(model, shards, out, limit=limit, batch_size=batch_size, style=style.value)
 
 
 @eval_app.command("speech")

@@ -1,4 +1,4 @@
-"""What every kind of picture shares: its record, its sources on disk, its backgrounds and its last augmentation."""
+"""What kinds of pictures and clips share: their record, their sources on disk, backgrounds and last augmentation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageFont
+
+from data.shards import IMAGE_MARKER
 
 Split = Literal["train", "heldout"]
 Colour = tuple[int, int, int]
@@ -31,11 +33,38 @@ TEXTURES: Mapping[Split, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question that the picture answers; `task` groups answers in the evaluation."""
+    """A question that the picture or clip answers; `task` groups answers in the evaluation.
+
+    Attributes:
+        options: answers to choose from, the right one among them; empty where anything may be asked for.
+    """
 
     task: str
     question: str
     answer: str
+    options: Sequence[str] = ()
+
+
+class Drawn(Protocol):
+    """What a kind draws.
+
+    Attributes:
+        marker: stands for it in a conversation.
+    """
+
+    marker: ClassVar[str]
+
+    @property
+    def caption(self) -> str: ...
+
+    @property
+    def questions(self) -> Sequence[Question]: ...
+
+    def encode(self, rng: random.Random) -> tuple[str, bytes]:
+        """File extension and content."""
+
+    def view(self) -> Image.Image:
+        """A picture of it for people, which the caller may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +72,20 @@ class Picture:
     image: Image.Image
     caption: str
     questions: Sequence[Question]
+
+    marker: ClassVar[str] = IMAGE_MARKER
+
+    def encode(self, rng: random.Random) -> tuple[str, bytes]:
+        """JPEG of quality 85 to 95, one in twenty PNG."""
+        buffer = io.BytesIO()
+        if rng.random() < 0.05:
+            self.image.save(buffer, "PNG")
+            return "png", buffer.getvalue()
+        self.image.save(buffer, "JPEG", quality=rng.randint(85, 95))
+        return "jpg", buffer.getvalue()
+
+    def view(self) -> Image.Image:
+        return self.image.copy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +97,11 @@ class Source:
 
 
 class Kind(Protocol):
-    """One kind of picture: picklable, and `draw` depends on nothing but its arguments.
+    """One kind of picture or clip: picklable, and `draw` depends on nothing but its arguments.
 
     Attributes:
         name: part of the shard names.
-        sizes: pictures per split at scale 1.
+        sizes: samples per split at scale 1.
         sources: packages it draws from.
     """
 
@@ -66,7 +109,7 @@ class Kind(Protocol):
     sizes: ClassVar[Mapping[Split, int]]
     sources: ClassVar[Sequence[Source]]
 
-    def draw(self, rng: random.Random, split: Split, index: int) -> Picture: ...
+    def draw(self, rng: random.Random, split: Split, index: int) -> Drawn: ...
 
 
 def package_files(patterns: Mapping[str, str]) -> dict[str, list[Path]]:
@@ -172,6 +215,36 @@ class Ground:
         return np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32) / 255
 
 
+def contrasting_ground(
+    rng: random.Random, colours: Sequence[Colour], split: Split = "train", max_saturation: float = 0.35
+) -> Ground:
+    """A dull background whose two shades are far from all these colours."""
+    while True:
+        ground = Ground.draw(rng, split, max_saturation=max_saturation, contrast=0.3)
+        if all(math.dist(colour, shade) > 110 for colour in colours for shade in ground.shades):
+            return ground
+
+
+def choose_questions(rng: random.Random, questions: Sequence[Question]) -> list[Question]:
+    """Three to five of the questions, of as many tasks as there are."""
+    shuffled = list(questions)
+    rng.shuffle(shuffled)
+    firsts = list({question.task: question for question in shuffled}.values())
+    rest = [question for question in shuffled if question not in firsts]
+    return (firsts + rest)[: rng.randint(3, 5)]
+
+
+def strip(frames: Sequence[Image.Image]) -> Image.Image:
+    """Six frames of a clip, from its start to its end, in two lines."""
+    width, height = frames[0].size
+    gap = 1 + width // 32
+    sheet = Image.new("RGB", (3 * width + 2 * gap, 2 * height + gap), "white")
+    for i in range(6):
+        frame = frames[round(i * (len(frames) - 1) / 5)]
+        sheet.paste(frame, (i % 3 * (width + gap), i // 3 * (height + gap)))
+    return sheet
+
+
 def luma(colour: Colour) -> float:
     """Perceived brightness, 0 to 255 (ITU-R BT.601)."""
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
@@ -200,13 +273,3 @@ def photograph(rng: random.Random, image: Image.Image, max_blur: float = 0.8) ->
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, max_blur)))
     return image
-
-
-def encode_image(rng: random.Random, image: Image.Image) -> tuple[str, bytes]:
-    """File extension and content: JPEG of quality 85 to 95, one in twenty PNG."""
-    buffer = io.BytesIO()
-    if rng.random() < 0.05:
-        image.save(buffer, "PNG")
-        return "png", buffer.getvalue()
-    image.save(buffer, "JPEG", quality=rng.randint(85, 95))
-    return "jpg", buffer.getvalue()

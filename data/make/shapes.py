@@ -11,7 +11,19 @@ from typing import ClassVar
 
 from PIL import Image, ImageDraw
 
-from data.make.canvas import Colour, Ground, Picture, Question, Size, Source, Split, frame_size, photograph
+from data.make.canvas import (
+    Colour,
+    Ground,
+    Picture,
+    Question,
+    Size,
+    Source,
+    Split,
+    choose_questions,
+    contrasting_ground,
+    frame_size,
+    photograph,
+)
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "hexagon", "cross")
 COLOURS: dict[str, Colour] = {
@@ -130,9 +142,10 @@ class Shapes:
 
     def draw(self, rng: random.Random, split: Split, index: int) -> Picture:
         scene = random_scene(rng, split)
-        image = photograph(rng, paint(rng, scene, _contrasting_ground(rng, scene)))
+        ground = contrasting_ground(rng, [COLOURS[group.colour] for group in scene.groups])
+        image = photograph(rng, paint(rng, scene, ground))
         caption = " and ".join(map(str, scene.groups))
-        return Picture(image=image, caption=caption, questions=choose_questions(rng, scene))
+        return Picture(image=image, caption=caption, questions=choose_questions(rng, list(all_questions(scene))))
 
 
 def random_scene(rng: random.Random, split: Split) -> Scene:
@@ -184,14 +197,6 @@ def _place(
             things.append(thing)
             placed.append(thing)
     return things
-
-
-def _contrasting_ground(rng: random.Random, scene: Scene) -> Ground:
-    """A dull background whose two shades are far from every object's colour."""
-    while True:
-        ground = Ground.draw(rng, "train", max_saturation=0.35, contrast=0.3)
-        if all(math.dist(COLOURS[group.colour], shade) > 110 for group in scene.groups for shade in ground.shades):
-            return ground
 
 
 def paint(rng: random.Random, scene: Scene, ground: Ground) -> Image.Image:
@@ -251,12 +256,3 @@ def all_questions(scene: Scene) -> Iterator[Question]:
         if abs(dy) >= 0.2:
             side = "above" if dy < 0 else "below"
             yield ask("relation", f"Is the {one.shape} above or below the {other.shape}?", side)
-
-
-def choose_questions(rng: random.Random, scene: Scene) -> list[Question]:
-    """Three to five questions, of as many tasks as there are."""
-    questions = list(all_questions(scene))
-    rng.shuffle(questions)
-    firsts = list({question.task: question for question in questions}.values())
-    rest = [question for question in questions if question not in firsts]
-    return (firsts + rest)[: rng.randint(3, 5)]

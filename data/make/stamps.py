@@ -54,6 +54,14 @@ def first_sentence(text: str) -> str | None:
     return sentence if plain and len(sentence.split()) <= MAX_WORDS else None
 
 
+def load_stamp(path: Path) -> Image.Image:
+    """The stamp on a transparent ground (RGBA), at most 256 x 256."""
+    with Image.open(path) as image:
+        stamp = image.convert("RGBA")
+    stamp.thumbnail((256, 256))
+    return stamp
+
+
 @dataclass(frozen=True)
 class Stamps:
     """Each stamp in turn; held out are renderings, as for emoji."""
@@ -67,9 +75,6 @@ class Stamps:
     def draw(self, rng: random.Random, split: Split, index: int) -> Picture:
         path, caption = self.stamps[index % len(self.stamps)]
         canvas = Ground.draw(rng, split).paint(rng, frame_size(rng))
-        with Image.open(path) as image:
-            stamp = image.convert("RGBA")
-        stamp.thumbnail((256, 256))
-        paste_cutout(rng, canvas, stamp, tilt=15, extent=(0.6, 1.0))
+        paste_cutout(rng, canvas, load_stamp(path), tilt=15, extent=(0.6, 1.0))
         question = Question(task="stamps", question=rng.choice(QUESTIONS), answer=caption)
         return Picture(image=photograph(rng, canvas), caption=caption, questions=[question])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,18 @@ def heldout_sources(directory: str | Path, maker: str) -> list[Source]:
 
 
 def write_report(
-    out: str | Path, *, model: str | Path, limit: int, results: Sequence[Any], predictions: Iterable[Mapping[str, Any]]
+    out: str | Path,
+    *,
+    model: str | Path,
+    limit: int,
+    results: Iterable[Mapping[str, Any]],
+    predictions: Iterable[Mapping[str, Any]],
 ) -> Path:
     """Writes `results.json` and `predictions.jsonl`.
 
     Args:
         out: folder; made if missing.
-        results: dataclasses, one per line of the table.
+        results: one per line of the table.
         predictions: every question with its answers.
 
     Returns:
@@ -41,7 +45,7 @@ def write_report(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    report = {"model": str(model), "limit": limit, "results": [asdict(result) for result in results]}
+    report = {"model": str(model), "limit": limit, "results": list(results)}
     (out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "predictions.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     return out

@@ -61,6 +61,12 @@ def accuracy(predictions: Sequence[str], answers: Sequence[str]) -> Estimate:
     return proportion(list(map(exact_match, predictions, answers)))
 
 
+def choice_accuracy(predictions: Sequence[str], answers: Sequence[str]) -> Estimate:
+    """Share of predictions that begin with the right letter: `B`, `b.`, `(B)` and `B. left` all choose B."""
+    chosen = [re.match(r"\W*([A-Za-z])\b", prediction) for prediction in predictions]
+    return proportion([c is not None and c[1].upper() == a for c, a in zip(chosen, answers, strict=True)])
+
+
 def spelling_accuracy(predictions: Sequence[str], answers: Sequence[str]) -> Estimate:
     """Share of words whose letters are all right."""
     return proportion([letters(p) == letters(a) for p, a in zip(predictions, answers, strict=True)])

@@ -12,7 +12,7 @@ import random
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from data.audio import load_audio
 from data.shards import Sample, Source
+from mm.eval.asking import SLACK
 from mm.eval.files import heldout_sources, write_report
 from mm.eval.metrics import Estimate, contains_answer, exact_match, proportion, recognition_errors
-from mm.eval.pictures import SLACK
 from mm.languages import asr_prompt, find_language
 from speech.features import FeaturesConfig, LogMel
 
@@ -143,7 +143,7 @@ def main(
     utterances = choose_utterances(heldout_sources(shards, "speech"), limit=limit)
     answered = answer(MultimodalLlama.from_pretrained(model), utterances, batch_size=batch_size)
     results = score(answered)
-    out = write_report(out, model=model, limit=limit, results=results, predictions=map(_record, answered))
+    out = write_report(out, model=model, limit=limit, results=map(asdict, results), predictions=map(_record, answered))
     draw(answered, out / "examples.png")
     Console().print(table(results))
     return results

@@ -200,7 +200,7 @@ def test_broken_files(tmp_path: Path):
         ("no/such/file.png", "there is no file 'no/such/file.png'"),
         (".", "cannot open"),
         ("a\0b.png", "cannot open"),
-        ("https://example.com/cat.png", "download the picture"),
+        ("https://example.com/cat.png", "download the file"),
         ("data:image/png;base64", "no comma"),
         ("data:image/png;base64,@@@", "base64"),
         (io.StringIO("text"), "mode 'rb'"),

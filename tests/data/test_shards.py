@@ -32,6 +32,10 @@ def image(content: bytes) -> dict:
     return {"type": "image", "image": content}
 
 
+def video(content: bytes | Path) -> dict:
+    return {"type": "video", "video": content}
+
+
 def text(content: str) -> dict:
     return {"type": "text", "text": content}
 
@@ -73,6 +77,35 @@ def test_conversation_sample(tmp_path: Path):
     ]
 
 
+def test_clips(tmp_path: Path):
+    for extension in ("mp4", "webm", "mkv", "gif"):
+        assert one(tmp_path, **{extension: b"clip"}, txt="a car") == [
+            {"role": "user", "content": [video(b"clip")]},
+            {"role": "assistant", "content": [text("a car")]},
+        ]
+    turns = [{"from": "human", "value": "<image>\nOr this?\n<video>\n<video>"}, {"from": "gpt", "value": "This."}]
+    messages = one(tmp_path, **{"0_jpg": b"a", "0_mp4": b"b", "1_webm": b"c"}, json={"conversations": turns})
+    assert messages[0]["content"] == [image(b"a"), text("Or this?"), video(b"b"), video(b"c")]
+
+
+def test_llava_video_file(tmp_path: Path):
+    (tmp_path / "a.mp4").write_bytes(b"clip")
+    turns = [{"from": "human", "value": "<image>\nWho <image>?"}, {"from": "gpt", "value": "<image> is text."}]
+    records = [
+        {"id": "own", "video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nWhat?"}]},
+        {"id": "llava-video", "video": ["a.mp4", "a.mp4"], "conversations": turns},
+        {"id": "lost", "video": "b.mp4", "conversations": turns},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    source = open_source(tmp_path / "llava.json", name="llava")
+    clip = video(tmp_path / "a.mp4")
+    assert source[0].messages == [{"role": "user", "content": [clip, text("What?")]}]
+    assert source[1].messages[0]["content"] == [clip, text("Who "), clip, text("?")]
+    assert source[1].messages[1]["content"] == [text("<image> is text.")]
+    with pytest.raises(ValueError, match=r"no file '.*b\.mp4' \(record 'lost' of source 'llava'\)"):
+        source[2]
+
+
 def test_text_only_conversation_and_several_pictures_of_a_caption(tmp_path: Path):
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     assert one(tmp_path, json={"conversations": turns})[0] == {"role": "user", "content": [text("Hi")]}
@@ -84,7 +117,12 @@ def test_text_only_conversation_and_several_pictures_of_a_caption(tmp_path: Path
     [
         ({"jpg": b"x"}, "no caption"),
         ({"jpg": b"x", "txt": " \n"}, "no caption"),
-        ({"txt": "alone"}, "neither a picture nor a conversation"),
+        ({"txt": "alone"}, "neither a picture nor a clip nor audio nor a conversation"),
+        ({"mp4": b"clip"}, "the clip has no caption"),
+        (
+            {"mp4": b"clip", "json": {"conversations": [{"from": "human", "value": "Hi"}]}},
+            "0 <video> markers for 1 clips",
+        ),
         ({"jpg": b"x", "txt": b"\xff\xfe"}, "utf-8"),
         ({"jpg": b"x", "json": b"{cut"}, "double quotes"),
         ({"jpg": b"x", "json": b"[]"}, "must be an object"),

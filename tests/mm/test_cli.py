@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+from data.make.actors import Cast
 from lm.checkpoint import load_llama
 from lm.config import PRESETS
 from mm import MultimodalLlama
@@ -237,6 +239,20 @@ def test_pictures_are_made_inspected_and_evaluated(tmp_path: Path) -> None:
     assert (out / "results.json").is_file()
 
 
+def test_clips_are_made_and_inspected(tmp_path: Path) -> None:
+    try:
+        Cast()
+    except ValueError as error:
+        pytest.skip(str(error))
+    folder = tmp_path / "clips"
+    made = mm("data", "make", "clips", "--out", str(folder), "--kinds", "changes", "--scale", "0.002", "--workers", "1")
+    assert "changes: 3 clips to train on, 1 held out" in made.stdout
+    sheet = tmp_path / "sheet.png"
+    text = mm("data", "inspect", str(folder / "train-*.tar"), "--samples", "2", "--sheet", str(sheet)).stdout
+    assert re.search(r"user: a clip of [234]\.\d s and 128 x 128 pixels\n  user: What", text)
+    assert Image.open(sheet).width == 400  # two clips beside each other
+
+
 # ------------------------------------------------------------------------------------------------------------ mistakes
 
 
@@ -255,8 +271,10 @@ def test_pictures_are_made_inspected_and_evaluated(tmp_path: Path) -> None:
         (("config", "image-dream"), "image-sft"),
         (("train", "image-adapter", "optim.stepz=3"), "steps"),
         (("data", "make", "pictures", "--out", "x", "--kinds", "cats"), "cats"),
+        (("data", "make", "clips", "--out", "x", "--kinds", "cats"), "cats"),
         (("data", "inspect", "nothing/*.tar"), "nothing"),
         (("eval", "pictures", "--shards", "nothing", "--model", "debug"), "nothing"),
+        (("eval", "video", "--shards", "nothing", "--model", "debug"), "nothing"),
     ],
 )
 def test_a_mistake_is_one_plain_line(args: tuple[str, ...], named: str, tmp_path: Path, monkeypatch) -> None:

@@ -18,6 +18,7 @@ from data.shards import write_shard
 from lm.generate import generate_text
 from lm.sampling import SamplingParams
 from mm.checkpoint import debug_model
+from mm.eval.asking import SLACK, TaskResult, answer, score, table
 from mm.eval.files import heldout_sources
 from mm.eval.metrics import (
     Z_95,
@@ -30,18 +31,7 @@ from mm.eval.metrics import (
     spelling_accuracy,
     token_f1,
 )
-from mm.eval.pictures import (
-    CONDITIONS,
-    SLACK,
-    TaskResult,
-    answer,
-    choose_questions,
-    derangement,
-    evaluate,
-    main,
-    score,
-    table,
-)
+from mm.eval.pictures import CONDITIONS, choose_questions, derangement, evaluate, main
 from mm.generate import Generation
 from mm.sheet import GREEN, RED, Shown, contact_sheet
 
@@ -168,8 +158,8 @@ def test_who_looks_is_right_with_the_right_picture_only(shards: Path) -> None:
     assert [results["greys-level"].n, results["blues-level"].n] == [N_GREY, N_BLUE]
     for kind, guess in (("greys", 1 / N_GREY), ("blues", 0)):  # one grey has the brightness 3 that it guesses
         level, sky = results[f"{kind}-level"], results[f"{kind}-sky"]
-        assert (level.picture.value, level.no_picture.value, level.shuffled.value) == (1, guess, 0)
-        assert (sky.picture.value, sky.no_picture.value, sky.shuffled.value) == (1, 1, 1)
+        assert [estimate.value for estimate in level.scores.values()] == [1, guess, 0]
+        assert [estimate.value for estimate in sky.scores.values()] == [1, 1, 1]
 
 
 def test_pictures_are_shuffled_within_their_kind(shards: Path) -> None:
@@ -190,7 +180,7 @@ def test_choice_is_limited_and_depends_on_the_seed_alone(shards: Path) -> None:
 
 def test_batches_hold_one_task_and_allow_its_longest_answer(shards: Path) -> None:
     model, questions = Photometer(), choose_questions(heldout_sources(shards, "pictures"), limit=100)
-    answered = answer(model, questions, batch_size=4)  # type: ignore[arg-type]
+    answered = answer(model, questions, CONDITIONS, batch_size=4)  # type: ignore[arg-type]
     assert [a.question for a in answered] == questions
     # The debug tokenizer has a token per byte: blues say "106", "No."; greys "10", "No.". Each batch comes three times.
     batches = [
@@ -208,8 +198,13 @@ def test_words_and_stamps_have_their_own_metrics(tmp_path: Path) -> None:
             {"__key__": f"{i}", "png": png((i, i, i)), "txt": "-", "json": {"questions": asked}} for i in range(3)
         )
         write_shard(tmp_path / f"heldout-{kind}-0000.tar", samples)
-    answered = answer(Photometer(), choose_questions(heldout_sources(tmp_path, "pictures"), limit=3), batch_size=3)  # type: ignore[arg-type]
-    results = {(r.task, r.metric): r.picture.value for r in score(answered)}
+    answered = answer(
+        Photometer(),  # type: ignore[arg-type]
+        choose_questions(heldout_sources(tmp_path, "pictures"), limit=3),
+        CONDITIONS,
+        batch_size=3,
+    )
+    results = {(r.task, r.metric): r.scores["picture"].value for r in score(answered)}
     assert results == {
         ("stamps", "exact"): 0, ("stamps", "token F1"): 0, ("words", "CER"): 1, ("words", "exact"): 0,
     }  # fmt: skip
@@ -218,11 +213,11 @@ def test_words_and_stamps_have_their_own_metrics(tmp_path: Path) -> None:
 def test_table_fits_a_terminal_of_80_columns() -> None:
     def result(task: str, metric: str) -> TaskResult:
         most = Estimate(0.9876, 0.9765, 1.0)
-        return TaskResult(kind="-", task=task, metric=metric, n=2000, picture=most, no_picture=most, shuffled=most)
+        return TaskResult(kind="-", task=task, metric=metric, n=2000, scores=dict.fromkeys(CONDITIONS, most))
 
     console = Console(width=80, file=io.StringIO())
     with console.capture() as capture:
-        console.print(table([result("chart-extreme", "exact"), result("stamps", "token F1")]))
+        console.print(table([result("chart-extreme", "exact"), result("stamps", "token F1")], "Held-out pictures"))
     assert "98.8% [97.7, 100.0]" in capture.get() and "token F1" in capture.get()
     assert "…" not in capture.get() and max(map(len, capture.get().splitlines())) <= 80
 
@@ -241,7 +236,9 @@ def test_main_writes_the_same_files_every_time(
     for name in ("results.json", "predictions.jsonl", "contact-sheet.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     stored = json.loads((tmp_path / "first" / "results.json").read_text())["results"]
-    assert [(r["task"], r["n"], r["picture"]["value"]) for r in stored] == [(r.task, 3, r.picture.value) for r in first]
+    assert [(r["task"], r["n"], r["picture"]["value"]) for r in stored] == [
+        (r.task, 3, r.scores["picture"].value) for r in first
+    ]
     lines = [json.loads(line) for line in (tmp_path / "first" / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 4 * 3 and all(set(line["predictions"]) == set(CONDITIONS) for line in lines)
 
@@ -254,7 +251,7 @@ def test_without_a_picture_the_language_model_answers_alone(shards: Path) -> Non
     prompts = [processor.tokenize(q.messages("no_picture"), add_generation_prompt=True).ids for q in questions]
     params = SamplingParams(max_new_tokens=len("No.") + SLACK)
     alone = generate_text(model.lm, processor.chat.tokenizer, prompts, params, processor.chat.stop_ids)
-    answered = answer(model, questions, batch_size=2)
+    answered = answer(model, questions, CONDITIONS, batch_size=2)
     assert [a.predictions["no_picture"] for a in answered] == [row.text for row in alone]
     assert all(a.predictions["picture"] != a.predictions["no_picture"] for a in answered)
 

@@ -24,9 +24,9 @@ from lm.generate import generate_text
 from lm.sampling import SamplingParams
 from mm.checkpoint import debug_model
 from mm.cli import app
+from mm.eval.asking import SLACK
 from mm.eval.files import heldout_sources
 from mm.eval.metrics import Estimate, bleu, cer, contains_answer, recognition_errors, wer, whisper_normaliser
-from mm.eval.pictures import SLACK
 from mm.eval.speech import REPLY_TOKENS, SpeechResult, answer, choose_utterances, draw, evaluate, score, table
 from mm.generate import Generation
 from mm.model import MultimodalLlama

@@ -1,0 +1,264 @@
+"""`mm data make clips`: answers that the decoded pixels bear out, a middle frame that tells nothing, splits that share nothing."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.make import actors, build, clips, events, film, motions
+from data.make.actors import Cast
+from data.make.shapes import COLOURS, HELDOUT_PAIRS
+from data.shards import open_source
+from video.frames import load_frames
+
+SPLITS = ("train", "heldout")
+CAST = Cast(troupes=(actors.shapes(),))
+KINDS = {name: kind(cast=CAST) for name, kind in clips.KINDS.items()}
+
+
+def made(kind: str, split: str, index: int, seed: int = 0) -> dict:
+    return build.sample(KINDS[kind], split, seed, index)
+
+
+def areas(frames: Sequence[Image.Image], caption: str) -> dict[str, np.ndarray]:
+    """Of every colour that the caption names, what frames show of it: pixels and centre `(T, 3)`."""
+    pixels = np.stack([np.asarray(frame) for frame in frames]).astype(int)
+    y, x = np.mgrid[: film.SIDE, : film.SIDE]
+    found = {}
+    for colour in dict.fromkeys(re.findall("|".join(COLOURS), caption)):
+        near = np.abs(pixels - COLOURS[colour]).max(-1) < 40
+        n = near.sum((1, 2))
+        found[colour] = np.stack([n, *((near * axis).sum((1, 2)) / np.maximum(n, 1) for axis in (x, y))], axis=1)
+    return found
+
+
+def distinct(caption: str) -> bool:
+    """Whether the things in a clip differ in colour, so that colours tell who is who."""
+    colours = "|".join(COLOURS)
+    return len(set(re.findall(colours, caption))) == len(re.findall(f"the (?:{colours})", caption))
+
+
+def asked(kind: str, n: int) -> Iterator[tuple[dict, list[str], dict[str, np.ndarray]]]:
+    """Question, the colours that it names, and areas by colour, for clips whose things differ in colour."""
+    for i in range(n):
+        sample = made(kind, "train", i)
+        if distinct(sample["txt"]):
+            found = areas(load_frames(sample["mp4"]), sample["txt"])
+            for q in sample["json"]["questions"]:
+                yield q, re.findall("|".join(COLOURS), q["question"]), found
+
+
+# --- answers and pixels ------------------------------------------------------------------------------------------------
+
+
+def test_motions_are_seen_in_the_pixels() -> None:
+    seen: Counter[str] = Counter()
+    for q, (colour, *_), found in asked("motions", 14):
+        n, x, y = found[colour].T
+        if q["task"] == "direction":
+            dx, dy = motions.DIRECTIONS[q["answer"]]
+            moved = np.array([x[-1] - x[0], y[-1] - y[0]])
+            assert moved @ (dx, dy) > 15 and abs(moved @ (dy, -dx)) < 12
+        elif q["task"] == "growth":
+            assert (n[-1] > 1.5 * n[0]) == (q["answer"] == "grow")
+        elif q["task"] == "which":
+            continue
+        elif q["answer"] in ("turns clockwise", "turns counterclockwise", "stays still"):
+            assert math.hypot(x[-1] - x[0], y[-1] - y[0]) < 6 and 0.7 < n[-1] / n[0] < 1.4
+        seen[q["task"]] += 1
+    assert set(seen) == {"direction", "growth", "rotation", "action"}
+
+
+@pytest.mark.parametrize("deed", ["clockwise", "counterclockwise"])
+def test_turning_follows_the_clock(deed: str) -> None:
+    """The long axis of a diamond, by its second moments."""
+    role = film.Role(actor=actors.paint_shape("red diamond"), poses=motions.path(random.Random(0), deed, 17, 0))
+    axes = []
+    for frame in film.shoot(random.Random(0), "train", [role]):
+        y, x = np.nonzero(np.abs(np.asarray(frame).astype(int) - COLOURS["red"]).max(-1) < 60)
+        (xx, xy), (_, yy) = np.cov(x, y)
+        axes.append(math.atan2(2 * xy, xx - yy) / 2)
+    turned = np.unwrap(axes, period=math.pi)
+    turn = math.degrees(turned[-1] - turned[0])  # y points down
+    assert 85 < (turn if deed == "clockwise" else -turn) < 165
+
+
+def test_races_are_won_by_the_longer_way() -> None:
+    for q, colours, found in asked("races", 8):
+        ways = {colour: math.hypot(*(f[-1, 1:] - f[0, 1:])) for colour, f in found.items()}
+        if q["task"] == "speed":
+            best = (max if "faster" in q["question"] else min)(ways, key=ways.__getitem__)
+            assert q["answer"].startswith(best)
+        elif q["task"] == "faster":
+            assert (ways[colours[0]] > ways[colours[1]]) == (q["answer"] == "faster")
+
+
+def test_pairs_pass_or_turn_back() -> None:
+    for q, (one, other), found in asked("pairs", 8):
+        _, dx, dy = (found[one] - found[other]).T
+        axis = dy if "above" in q["question"] else dx
+        if q["task"] == "place":
+            value = axis[0] if "start" in q["question"] else axis[-1]
+            assert (value < 0) == (q["answer"] in ("left", "above"))
+        else:
+            along = dx if abs(dx[0]) > abs(dy[0]) else dy
+            assert (along[0] * along[-1] < 0) == (q["answer"] in ("yes", "pass each other"))
+
+
+def test_order_is_that_of_first_and_last_frames() -> None:
+    for q, colours, found in asked("order", 10):
+        there = {colour: f[:, 0] > 60 for colour, f in found.items()}
+        deed = "appear" if there[next(iter(there))][-1] else "disappear"
+        times = {colour: int(np.argmax(shown if deed == "appear" else ~shown)) for colour, shown in there.items()}
+        ordered = sorted(times, key=times.__getitem__)
+        if q["task"] == "event":
+            assert q["answer"] == deed
+        elif q["task"] == "order":
+            best = (min if "first" in q["question"] else max)(colours, key=times.__getitem__)
+            assert q["answer"].startswith(best)
+        else:
+            assert q["answer"].startswith(ordered[ordered.index(colours[0]) - 1])
+
+
+def test_blinks_are_counted() -> None:
+    for q, colours, found in asked("blinks", 7):
+        dark = {colour: f[:, 0] < 60 for colour, f in found.items()}
+        times = {colour: int((d[1:] & ~d[:-1]).sum()) for colour, d in dark.items()}
+        if q["task"] == "count":
+            assert q["answer"] == str(times[colours[0]])
+        else:
+            assert q["answer"].startswith(max(colours, key=times.__getitem__))
+
+
+def test_changes_come_in_order() -> None:
+    for q, _, found in asked("changes", 6):
+        first, last = (max(found, key=lambda colour: found[colour][at, 0]) for at in (0, -1))
+        assert q["answer"].startswith(first if q["task"] == "before" else last)
+
+
+# --- one frame does not tell ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_middle_of_a_path_does_not_depend_on_the_deed(seed: int) -> None:
+    middles = {motions.path(random.Random(seed), deed, 17, 40)[8] for deed in motions.VERBS}
+    assert len(middles) == 1
+    for upright in (False, True):
+        one, other = (
+            [poses[8] for poses in motions.meeting(random.Random(seed), 17, swap=swap, upright=upright)]
+            for swap in (False, True)
+        )
+        assert one == other
+
+
+def test_the_middle_of_events_shows_all_or_nothing() -> None:
+    shown: Counter[tuple[str, bool]] = Counter()
+    for i in range(40):
+        clip = KINDS["order"].draw(random.Random(i), "train", i)
+        if distinct(clip.caption):
+            middle = clip.frames[len(clip.frames) // 2]
+            there = {bool(f[0, 0] > 60) for f in areas([middle], clip.caption).values()}
+            assert len(there) == 1
+            shown["disappear" if "disappear" in clip.caption else "appear", there.pop()] += 1
+    assert len(shown) == 4  # either deed with either sight
+    for i in range(200):
+        rng = random.Random(i)
+        n_frames, count = rng.randint(24, 32), rng.randint(1, 4)
+        dark = events.blinking(rng, n_frames, count)
+        assert len(dark) == count * (n_frames // 12)
+        assert not dark & {0, n_frames // 2 - 1, n_frames // 2, n_frames - 1}
+
+
+def test_answers_are_balanced() -> None:
+    rng = random.Random(0)
+    deeds = Counter(motions.random_deed(rng) for _ in range(8000))
+    assert all(400 < deeds[direction] < 600 for direction in motions.DIRECTIONS)
+    assert all(720 < deeds[deed] < 880 for deed in ("grow", "shrink", "clockwise", "counterclockwise", "still"))
+    mentioned = Counter(motions.either(rng, ["dog", "cat"]) for _ in range(1000))
+    assert all(430 < n < 570 for n in mentioned.values()) and len(mentioned) == 2
+
+
+# --- splits and shards ----------------------------------------------------------------------------------------------------
+
+
+def test_training_has_no_unseen_thing_and_no_unseen_deed() -> None:
+    unseen = {f"{colour} {shape}" for shape, colour in HELDOUT_PAIRS}
+    for i in range(400):
+        rng = random.Random(i)
+        deeds = [motions.random_deed(rng) for _ in range(2)]
+        for split in SPLITS:
+            names = [actor.name for actor in CAST.draw(rng, split, i, deeds)]
+            pairs = list(zip(names, deeds, strict=True))
+            assert len(set(names)) == 2 and not any(map(actors.is_invisible, pairs))
+            if split == "train":
+                assert not unseen & set(names) and not any(map(actors.is_heldout, pairs))
+            elif i % 2 == 0:
+                assert unseen >= set(names)
+            else:
+                assert not unseen & set(names) and any(map(actors.is_heldout, pairs))
+
+
+@pytest.mark.parametrize("troupe", [actors.emoji, actors.stamps])
+def test_emoji_and_stamps_have_plain_names_and_fill_their_cutout(troupe) -> None:
+    try:
+        things = troupe()
+    except ValueError as error:
+        pytest.skip(str(error))
+    train, heldout = (set(things.names[split]) for split in SPLITS)
+    assert not train & heldout and len(train) > 200 and 0.08 < len(heldout) / len(train) < 0.2
+    for name in sorted(heldout)[:20]:
+        cutout = things.paint(name).cutout
+        left, top, right, bottom = cutout.getchannel("A").getbbox()
+        assert cutout.size == (actors.CUTOUT,) * 2
+        assert max(right - left, bottom - top) == pytest.approx(actors.CONTENT, abs=2)
+        assert re.fullmatch("[a-z' -]+", name) and not {"left", "red", "arrow"} & set(name.split())
+
+
+def test_cutouts_may_turn_without_being_cut_off() -> None:
+    for name in ("red square", "blue cross", "green star"):
+        cutout = actors.paint_shape(name).cutout
+        area = np.asarray(cutout.getchannel("A")).sum()
+        for angle in (30, 45, 100):
+            turned = np.asarray(cutout.rotate(angle, Image.Resampling.BICUBIC).getchannel("A")).sum()
+            assert turned == pytest.approx(area, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("clips")
+    known = {"order": lambda: KINDS["order"]}
+    build.make_shards(out, known, "clips", seed=3, kinds=["order"], scale=0.003, workers=1)
+    return out
+
+
+def test_shards_read_as_conversations(folder: Path) -> None:
+    for split in SPLITS:
+        source = open_source(folder / f"{split}-*.tar", name="clips")
+        for sample in (source[i] for i in range(len(source))):
+            first, *texts = [part for message in sample.messages for part in message["content"]]
+            questions = sample.metadata["questions"]
+            assert 16 <= len(load_frames(first["video"])) <= 32
+            assert [part["text"] for part in texts] == [q[side] for q in questions for side in ("question", "answer")]
+            assert all(q["answer"] in q["options"] and len(set(q["options"])) > 1 for q in questions)
+            assert len(questions) >= 3
+
+
+def test_the_same_sample_has_the_same_bytes_and_others_do_not(folder: Path) -> None:
+    assert made("order", "train", 5, seed=3) == made("order", "train", 5, seed=3)
+    assert made("order", "train", 5, seed=3)["mp4"] != made("order", "train", 5, seed=4)["mp4"]
+    source = open_source(folder / "train-order-*.tar", name="order")
+    parts = [part for message in source[5].messages for part in message["content"]]
+    assert parts[0]["video"] == made("order", "train", 5, seed=3)["mp4"]
+
+
+def test_wrong_kinds_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"kinds: \['cats'\] unknown"):
+        clips.make_clips(tmp_path, kinds=["cats"])
