@@ -165,6 +165,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("data.sources: give at least one source")
+        for name in ("max_frames", "factor", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

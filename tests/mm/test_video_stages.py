@@ -362,6 +362,13 @@ def test_keys_of_clips_are_for_clips(data: dict[str, Any], key: str) -> None:
         make_trainer(data, "image-adapter")
 
 
+@pytest.mark.parametrize("key", ["max_frames", "factor", "max_tokens"])
+def test_counts_are_positive(data: dict[str, Any], key: str) -> None:
+    data["data"][key] = 0
+    with pytest.raises(ValueError, match=f"data.{key} must be at least 1, got 0"):
+        make_trainer(data)
+
+
 def test_a_model_without_a_video_part_cannot_train_it(data: dict[str, Any], tmp_path: Path) -> None:
     compose("debug", image="debug").save_pretrained(tmp_path / "seeing")
     with pytest.raises(ValueError, match=r"has no video part; name a new one as model\.video"):
