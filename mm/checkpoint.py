@@ -129,11 +129,17 @@ def give(model: MultimodalLlama, part: str, preset: str) -> MultimodalLlama:
     for name, module in model.named_children():
         if name != "new_tokens":
             setattr(whole, name, module)
-    if model.new_tokens is not None and whole.new_tokens is not None:
-        with torch.no_grad():
-            whole.new_tokens.weight[: len(model.new_tokens.weight)] = model.new_tokens.weight
+    assert whole.new_tokens is not None  # every part has a token of its own
+    table_VD, rows = whole.lm.embed_tokens.weight, whole.new_tokens.weight
+    with torch.no_grad():
+        if (
+            part != "image"
+        ):  # whose token stays nothing; a row that trains would, at zero, have RMSNorm blow its gradient up
+            rows.normal_(std=table_VD.float().square().mean().sqrt().item())
+        if model.new_tokens is not None:
+            rows[: len(model.new_tokens.weight)] = model.new_tokens.weight
     if part == "speech" and whole.speech_adapter is not None:
-        whole.speech_adapter.match_embeddings(whole.lm.embed_tokens.weight)  # as large as the language model's own
+        whole.speech_adapter.match_embeddings(table_VD)  # as large as the language model's own
     return whole
 
 

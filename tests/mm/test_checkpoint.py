@@ -315,7 +315,9 @@ def test_a_model_is_given_one_more_part_and_keeps_what_it_has(part):
     state = whole.state_dict()
     rows = before.pop("new_tokens.weight")
     assert torch.equal(state["new_tokens.weight"][: len(rows)], rows)
-    assert not state["new_tokens.weight"][len(rows) :].any()
+    new_rows, table = state["new_tokens.weight"][len(rows) :], state["lm.embed_tokens.weight"]
+    size = table.norm(dim=1).mean().expand(len(new_rows))
+    torch.testing.assert_close(new_rows.norm(dim=1), size, rtol=0.5, atol=0)  # as large as the others
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
     new = {name.partition(".")[0] for name in state.keys() - before.keys() - {"new_tokens.weight"}}
     assert new == {"speech": {"speech_encoder", "speech_adapter"}, "video": {"video_adapter"}}[part]
