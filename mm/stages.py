@@ -1,4 +1,4 @@
-"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4, 7.5.2 and 8.3.1).
+"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4, 7.5.2 and 8.3).
 
 `apply` is the only code that touches `requires_grad`. A stage starts from what the one before exported, weights without optimiser
 state, so its optimiser always starts anew, as the paper does for annealing.
@@ -23,6 +23,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"(speech_encoder|encoder)\.", "speech_encoder"),  # in BEST-RQ's and the CTC model the encoder is alone
     (r"speech_adapter\.", "speech_adapter"),
     (r"new_tokens\.", "new_tokens"),
+    (r"normalizer\.", "normalizer"),
     (r"lm\.", "lm"),
     (r"(text_encoder|image_projection|logit_scale|heads|head)\b", "head"),
 )
@@ -42,6 +43,7 @@ class LearningRates:
         adapter: projection and cross-attention blocks, or the speech adapter and the tokens that enclose speech.
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
         head: what pre-training needs and no later stage: text tower and projections, codebook heads, letters.
+        normalizer: all of the text normaliser.
     """
 
     encoder: float = 0.0
@@ -49,6 +51,7 @@ class LearningRates:
     adapter: float = 0.0
     gates: float = 0.0
     head: float = 0.0
+    normalizer: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -66,6 +69,7 @@ RATE_OF_PART = {
     "speech_adapter": "adapter",
     "new_tokens": "adapter",
     "head": "head",
+    "normalizer": "normalizer",
 }
 
 
@@ -75,15 +79,15 @@ class Stage:
 
     Attributes:
         trains: parts that train; all others are frozen.
-        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on transcripts, or "next-token" on
-            supervised tokens.
+        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on transcripts, "next-token" on
+            supervised tokens, or "rules" of TN tokens.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
 
     name: str
     trains: frozenset[str]
-    loss: Literal["contrastive", "best-rq", "ctc", "next-token"]
+    loss: Literal["contrastive", "best-rq", "ctc", "next-token", "rules"]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
@@ -102,6 +106,7 @@ STAGES: dict[str, Stage] = {
         # Not the paper's: a warm start for small budgets, and the probe of what pre-training is worth.
         Stage(name="speech-ctc", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
         Stage(name="speech", trains=_EARS, loss="next-token", masks_prompts=True),
+        Stage(name="tts-normalizer", trains=frozenset({"normalizer"}), loss="rules"),
     )
 }
 

@@ -24,6 +24,7 @@ from mm.train.contrastive import Contrastive
 from mm.train.encoders import load_encoder
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
+from mm.train.normalizing import Normalizing
 from mm.train.reading import as_caption, last_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Spelling
@@ -94,6 +95,8 @@ def make_objective(config: TrainConfig) -> Objective:
             return Spelling(config)
         case "next-token":
             return NextToken(config)
+        case "rules":
+            return Normalizing(config)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def phonemizer() -> Phonemizer:
 def test_phones_have_stress_boundaries_and_punctuation(phonemizer: Phonemizer) -> None:
     parts = [part("hello"), part(",", "pause"), part("\N{GRINNING FACE}", "dropped"), part("a"), part("A")]
     phones = phonemizer(parts)
-    assert [phone.ipa for phone in phones] == ["h", "ɛ", "l", "oʊ", PAUSE, "ə", "eɪ"]
+    assert [phone.ipa for phone in phones] == ["h", "ɛ", "l", "oʊ", PAUSE, "ə", "e\u026a"]
     assert [phone.stress for phone in phones] == [0, 0, 0, 1, 0, 0, 1]
     assert [phone.begins_word for phone in phones] == [True, False, False, False, True, True, True]
     assert [phone.ends_word for phone in phones] == [False, False, False, True, True, True, True]
