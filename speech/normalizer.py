@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 from speech.streaming import StreamState, below, take
 from speech.tn_rules import RULES_OF_KIND, Rule
-from speech.tn_tokens import MAX_RUN, Kind, TNToken, align, split
+from speech.tn_tokens import MAX_RUN, Kind, TNToken, align
 
 RULES = tuple(Rule)
 #: Characters are known by their code point below this; the others share `N_SHARED` embeddings.
@@ -122,11 +122,10 @@ class TokenBatch:
         return cls(chars_BTC, kind_BT, n_tokens_B, chunk_BT, features_BSF)
 
     @classmethod
-    def of_texts(
-        cls, texts: Sequence[str], lm: Sequence[tuple[Tensor, Sequence[int]]] | None, max_chars: int
+    def whole(
+        cls, rows: Sequence[Sequence[TNToken]], lm: Sequence[tuple[Tensor, Sequence[int]]] | None, max_chars: int
     ) -> TokenBatch:
-        """Whole texts, each with its features `(S, F)` and where its language-model tokens end (`lm.features.text_ends`)."""
-        rows = [split(text) for text in texts]
+        """The tokens of whole texts, each with its features `(S, F)` and where its language-model tokens end (`lm.features`)."""
         if lm is None:
             return cls.collate(rows, [[0] * len(row) for row in rows], None, max_chars)
         chunks = [align(row, ends) for row, (_, ends) in zip(rows, lm, strict=True)]
@@ -222,6 +221,8 @@ class ChunkAttention(nn.Module):
 
 class TextNormalizer(nn.Module):
     """TN tokens to the scores of their rules."""
+
+    allowed_KR: Tensor  #: which rules a token of each kind may have
 
     def __init__(self, config: NormalizerConfig) -> None:
         super().__init__()

@@ -58,7 +58,12 @@ class SpokenText:
 
         Args:
             features_F: the token's features, for a normaliser that was trained with them.
+
+        Raises:
+            ValueError: they are missing, or the normaliser reads text alone.
         """
+        if (features_F is None) != ((lm := self._normalizer.config.lm) is None):
+            raise ValueError(f"features: this normaliser reads {f'those of {lm.source}' if lm else 'text alone'}")
         self._length += len(text)
         self._ends.append(self._length)
         if features_F is not None:

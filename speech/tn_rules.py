@@ -206,7 +206,7 @@ _SPELT = {"www", "http", "https", "ftp", "html", "php", "uk", "us", "tv", "io", 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _number(value: int | float, to: str = "cardinal") -> list[str]:
+def _number(value: int, to: str = "cardinal") -> list[str]:
     return num2words(value, to=to).replace(",", "").replace("-", " ").split()
 
 

@@ -152,7 +152,9 @@ def plain(text: str) -> Piece:
     Raises:
         ValueError: the text has digits or symbols.
     """
-    cut, pairs, words = _cut(text), [], []
+    cut = _cut(text)
+    pairs: list[tuple[str, str]] = []
+    words: list[str] = []
     for before, part, after in zip(["", *cut], cut, [*cut[1:], ""], strict=False):
         inside = before.isalpha() and after.isalpha()
         if part.isalpha():

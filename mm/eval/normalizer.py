@@ -1,4 +1,4 @@
-"""`mm eval normalizer`: how many held-out texts are said without a mistake (section 8.3.3, Table 34 of the paper)."""
+"""`mm eval normalizer`: how many held-out texts are said without a mistake (Table 34 of the paper)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from data.shards import Sample, open_source
 from mm.eval.files import write_report
 from mm.eval.metrics import Estimate, proportion
 from mm.model import MultimodalLlama
+from mm.normalizer import load_normalizer
 from mm.train.lm_features import FeatureWriter, TextFeatures, written_text
-from mm.train.normalizing import load_normalizer
 from speech.normalizer import LMFeatures, TextNormalizer, TokenBatch, best_rules
 from speech.tn_rules import speak, words_of
 from speech.tn_tokens import split
@@ -95,11 +95,11 @@ def predict(
     """The words of every text."""
 
     def speak_some(some: Sequence[tuple[Sample, TextFeatures | None]]) -> list[str]:
-        texts = [written_text(sample.metadata) for sample, _ in some]
+        rows = [split(written_text(sample.metadata)) for sample, _ in some]
         lm = [read for _, read in some if read is not None] or None
-        batch = TokenBatch.of_texts(texts, lm, normalizer.config.max_chars)
+        batch = TokenBatch.whole(rows, lm, normalizer.config.max_chars)
         rules = best_rules(normalizer(batch), batch.n_tokens_B)
-        return [words_of(speak(split(text), chosen)) for text, chosen in zip(texts, rules, strict=True)]
+        return [words_of(speak(row, chosen)) for row, chosen in zip(rows, rules, strict=True)]
 
     pairs = list(zip(samples, features or [None] * len(samples), strict=True))
     return _in_batches(speak_some, pairs, batch_size, "speaking")

@@ -271,9 +271,7 @@ class TrainConfig:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
         if self.stage_spec.loss == "next-token":
             self._check_whole_model()
-        elif self.stage_spec.loss == "rules":
-            return
-        elif model.encoder is None:
+        elif model.encoder is None and self.stage_spec.loss != "rules":
             raise ValueError(f"model: stage {self.stage} trains an encoder alone; give its preset as model.encoder")
         elif self.stage_spec.loss == "best-rq" and model.encoder not in CONFORMER_PRESETS:
             presets = ", ".join(CONFORMER_PRESETS)

@@ -5,8 +5,6 @@ The language model is read, never run: its features come from a folder of `mm.tr
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +12,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.shards import Sample as RawSample
-from lm.checkpoint import load_strict, read_json
-from mm.config import from_mapping
+from mm.normalizer import save_normalizer
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder, TextFeatures, written_text
 from mm.train.showing import share_right
-from speech.normalizer import RULES, NormalizerConfig, TextNormalizer, TokenBatch, best_rules
+from speech.normalizer import RULES, TextNormalizer, TokenBatch, best_rules
 from speech.tn_rules import RULES_OF_KIND, Rule, speak, words_of
-from speech.tn_tokens import TNToken, align, split
+from speech.tn_tokens import TNToken, split
 
 NO_RULE = -1  #: label past a row's end
 
@@ -85,14 +81,8 @@ class LabelledReader:
         return len(sample.labels)
 
     def collate(self, samples: Sequence[Labelled]) -> LabelledTexts:
-        rows = [sample.tokens for sample in samples]
-        lms = [sample.lm for sample in samples if sample.lm is not None]
-        chunks = (
-            [align(row, ends) for row, (_, ends) in zip(rows, lms, strict=True)]
-            if lms
-            else [[0] * len(r) for r in rows]
-        )
-        batch = TokenBatch.collate(rows, chunks, [features for features, _ in lms] if lms else None, self.max_chars)
+        lm = [sample.lm for sample in samples if sample.lm is not None] or None
+        batch = TokenBatch.whole([sample.tokens for sample in samples], lm, self.max_chars)
         labels_BT = torch.full(batch.kind_BT.shape, NO_RULE)
         for b, sample in enumerate(samples):
             labels_BT[b, : len(sample.labels)] = torch.tensor(sample.labels)
@@ -159,25 +149,3 @@ def _open_features(config: TrainConfig) -> dict[str, FeatureFolder]:
                 f"features of {source.path}: {source.features} holds {folder.lm}, model.normalizer.lm is {lm}"
             )
     return folders
-
-
-def save_normalizer(normalizer: TextNormalizer, directory: Path) -> None:
-    """Writes `normalizer.safetensors` and `config.json`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(normalizer.state_dict(), directory / "normalizer.safetensors")
-    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(normalizer.config), indent=2) + "\n")
-
-
-def load_normalizer(directory: str | Path) -> TextNormalizer:
-    """Reads what `save_normalizer` wrote, ready for use.
-
-    Raises:
-        ValueError: the files are missing or do not fit.
-    """
-    directory = Path(directory)
-    if not (directory / "normalizer.safetensors").exists():
-        raise ValueError(f"{directory} is no export of stage tts-normalizer; it has no normalizer.safetensors")
-    config = from_mapping(NormalizerConfig, read_json(directory / "config.json"), str(directory / "config.json"))
-    normalizer = TextNormalizer(config)
-    load_strict(normalizer, load_file(directory / "normalizer.safetensors"), str(directory))
-    return normalizer.eval()

@@ -20,10 +20,10 @@ from lm.tokenizer import TextStream
 from mm.checkpoint import debug_model
 from mm.config import from_mapping
 from mm.eval import normalizer as evaluation
+from mm.normalizer import load_normalizer
 from mm.train import lm_features
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder, FeatureWriter
-from mm.train.normalizing import load_normalizer
 from mm.train.run_log import read_log
 from mm.train.trainer import Collate, Trainer
 from speech.normalizer import LMFeatures, NormalizerConfig, TextNormalizer, TokenBatch, best_rules
@@ -118,7 +118,7 @@ def test_the_loss_does_not_depend_on_the_cut(data: dict[str, Any]) -> None:
 
 
 def test_it_learns_a_few_texts_by_heart_and_the_export_says_them(data: dict[str, Any], tmp_path: Path) -> None:
-    optim = {"steps": 60, "batch_size": N, "lr": {"normalizer": 2e-2}, "warmup": 5}
+    optim = {"steps": 40, "batch_size": N, "lr": {"normalizer": 2e-2}, "warmup": 5}
     export = make_trainer(data | {"optim": optim}).train()
     assert export is not None
     (heldout,) = (line for line in read_log(tmp_path / "run") if "heldout/exact" in line)
@@ -214,7 +214,7 @@ def test_words_of_an_answer_under_way_are_those_of_its_text() -> None:
     ends = text_ends(tokenizer, ids)
     stream = TextStream(tokenizer)
     text = "".join(map(stream.push, ids)) + late
-    batch = TokenBatch.of_texts([text], [(whole, ends)], normalizer.config.max_chars)
+    batch = TokenBatch.whole([split(text)], [(whole, ends)], normalizer.config.max_chars)
     with torch.inference_mode():
         (rules,) = best_rules(normalizer(batch), batch.n_tokens_B)
     assert parts
