@@ -110,16 +110,17 @@ class TokenBatch:
     ) -> TokenBatch:
         """Pads rows of tokens; `features` has `(S, F)` for each row."""
         n_tokens_B = torch.tensor([len(row) for row in rows])
-        shape = len(rows), int(n_tokens_B.max()), max_chars
-        chars_BTC, kind_BT, chunk_BT = (torch.zeros(shape[:n], dtype=torch.int64) for n in (3, 2, 2))
-        for b, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
-            kind_BT[b, : len(row)] = torch.tensor([token.kind for token in row], dtype=torch.int64)
-            chunk_BT[b, : len(row)] = torch.tensor(chunk, dtype=torch.int64)
-            for t, token in enumerate(row):
-                ids = [_char_id(character) for character in token.text[:max_chars]]
-                chars_BTC[b, t, : len(ids)] = torch.tensor(ids)
-        features_BSF = None if features is None else pad_sequence(list(features), batch_first=True)
-        return cls(chars_BTC, kind_BT, n_tokens_B, chunk_BT, features_BSF)
+        n_padding = (n_tokens_B.max() - n_tokens_B).tolist()
+        no_token = [0] * max_chars
+        chars = [[_char_ids(token.text, max_chars) for token in row] for row in rows]
+        kinds = [[int(token.kind) for token in row] for row in rows]
+        return cls(
+            chars_BTC=torch.tensor([row + [no_token] * n for row, n in zip(chars, n_padding, strict=True)]),
+            kind_BT=torch.tensor([row + [0] * n for row, n in zip(kinds, n_padding, strict=True)]),
+            n_tokens_B=n_tokens_B,
+            chunk_BT=torch.tensor([[*row, *[0] * n] for row, n in zip(chunks, n_padding, strict=True)]),
+            features_BSF=None if features is None else pad_sequence(list(features), batch_first=True),
+        )
 
     @classmethod
     def whole(
@@ -384,9 +385,11 @@ class TextNormalizer(nn.Module):
             )
 
 
-def _char_id(character: str) -> int:
-    code = ord(character)
-    return 1 + (code if code < N_KNOWN else N_KNOWN + code % N_SHARED)
+def _char_ids(text: str, max_chars: int) -> list[int]:
+    """Ids of a token's first characters; 0 where it has no more."""
+    codes = [ord(character) for character in text[:max_chars]]
+    ids = [1 + (code if code < N_KNOWN else N_KNOWN + code % N_SHARED) for code in codes]
+    return ids + [0] * (max_chars - len(ids))
 
 
 def best_rules(logits_BUR: Tensor, n_B: Tensor) -> list[list[Rule]]:

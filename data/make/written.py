@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from num2words import num2words
+
 from data.make.canvas import Split
 from data.make.sentences import split_of
 from data.make.templates import CITIES, DAYS, FIRST_NAMES, JOBS, MONTHS, PLACES, items, ordinal
@@ -106,11 +108,6 @@ class Draw:
 
 def say(number: int, to: str = "cardinal") -> str:
     """A number in words without hyphens and commas."""
-    try:
-        from num2words import num2words
-    except ImportError as error:
-        raise ValueError("numbers cannot be spelt without num2words: run `pip install num2words`") from error
-
     return num2words(number, to=to).replace(",", "").replace("-", " ")
 
 
