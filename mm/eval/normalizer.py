@@ -24,7 +24,8 @@ from speech.normalizer import LMFeatures, TextNormalizer, TokenBatch, best_rules
 from speech.tn_rules import speak, words_of
 from speech.tn_tokens import split
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ def predict(
         rules = best_rules(normalizer(batch), batch.n_tokens_B)
         return [words_of(speak(row, chosen)) for row, chosen in zip(rows, rules, strict=True)]
 
-    pairs = list(zip(samples, features or [None] * len(samples), strict=True))
+    known: Sequence[TextFeatures | None] = features or [None] * len(samples)
+    pairs = list(zip(samples, known, strict=True))
     return _in_batches(speak_some, pairs, batch_size, "speaking")
 
 
