@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import islice
 from types import MappingProxyType
 
 import torch
@@ -239,6 +240,7 @@ class Llama(nn.Module):
         valid_BS: Tensor | None = None,
         cache: KVCache | None = None,
         adapters: Adapters = NO_ADAPTERS,
+        n_layers: int | None = None,
     ) -> Tensor:
         """Runs the decoder on embeddings and returns its normalised output `(B, T, D)`.
 
@@ -247,6 +249,7 @@ class Llama(nn.Module):
             valid_BS: False where a row has padding, over the cached tokens and these T; None when there is none.
             cache: keys and values of earlier tokens; this call's are added and the cache advances by T.
             adapters: what runs before which layer.
+            n_layers: stop after that many layers and return what the last of them puts out, without the final norm.
         """
         past = cache.length if cache is not None else 0
         n_tokens = h_BTD.shape[1]
@@ -257,13 +260,13 @@ class Llama(nn.Module):
             )
         rope = rope_tables(token_positions(h_BTD, valid_BS, past), self.config)
         mask = attention_mask(valid_BS, n_tokens, past, h_BTD.device)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(islice(self.layers, n_layers)):
             if i in adapters:
                 h_BTD = adapters[i](h_BTD)
             h_BTD = layer(h_BTD, rope, mask, cache)
         if cache is not None:
             cache.advance(n_tokens)
-        return self.norm(h_BTD)
+        return self.norm(h_BTD) if n_layers is None else h_BTD
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Output head: `(..., D)` to `(..., vocab_size)`."""

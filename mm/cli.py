@@ -462,6 +462,23 @@ def speech(
     print(f"wrote {out}")
 
 
+@make_app.command()
+def writing(
+    out: Annotated[Path, typer.Option(help="Folder for the texts; made if missing.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of texts.")] = 1.0,
+) -> None:
+    """Writes sentences with numbers, dates and abbreviations, and how each token of them is said; some held out.
+
+    Example: `mm data make writing --out shards/writing --scale 0.1`
+    """
+    from data.make.writing import make_writing
+
+    manifest = make_writing(out, seed=seed, scale=scale)
+    print(f"{manifest['samples']['train']} texts to train on, {manifest['samples']['heldout']} held out")
+    print(f"wrote {out}")
+
+
 @data_app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="Shards (folder or pattern), or a LLaVA .json or .jsonl.")],
@@ -565,3 +582,20 @@ def eval_speech(
     from mm.eval.speech import main
 
     main(model, shards, out, limit=limit, batch_size=batch_size)
+
+
+@eval_app.command("normalizer")
+def eval_normalizer(
+    model: Annotated[list[Path], typer.Option(help="Export of tts-normalizer; repeat it for several.")],
+    source: Annotated[Path, typer.Option(help="`heldout-writing.jsonl` of `mm data make writing`.")],
+    limit: Annotated[int, typer.Option(help="Texts.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Texts that are read together; changes the speed alone.")] = 32,
+    out: Annotated[Path, typer.Option(help="Folder for results and predictions.")] = Path("eval"),
+) -> None:
+    """Measures how many held-out texts are said without a mistake.
+
+    Example: `mm eval normalizer --model runs/tts-normalizer/export --source shards/writing/heldout-writing.jsonl`
+    """
+    from mm.eval.normalizer import main
+
+    main(model, source, out, limit=limit, batch_size=batch_size)

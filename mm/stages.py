@@ -1,4 +1,4 @@
-"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4, 7.5.2 and 8.3.1).
+"""The training stages as data: what trains, with which loss (the trainable/frozen matrix of sections 7.4, 7.5.2 and 8.3).
 
 `apply` is the only code that touches `requires_grad`. A stage starts from what the one before exported, weights without optimiser
 state, so its optimiser always starts anew, as the paper does for annealing.
@@ -26,6 +26,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"(speech_encoder|encoder)\.", "speech_encoder"),  # in BEST-RQ's and the CTC model the encoder is alone
     (r"speech_adapter\.", "speech_adapter"),
     (r"new_tokens\.", "new_tokens"),
+    (r"normalizer\.", "normalizer"),
     (r"lm\.", "lm"),
     (r"(text_encoder|image_projection|logit_scale|heads|head)\b", "head"),
 )
@@ -45,6 +46,7 @@ class LearningRates:
         adapter: projection and cross-attention blocks, the temporal aggregator, the speech adapter, and new tokens.
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
         head: what pre-training needs and no later stage: text tower and projections, codebook heads, CTC heads.
+        normalizer: all of the text normaliser.
     """
 
     encoder: float = 0.0
@@ -52,6 +54,7 @@ class LearningRates:
     adapter: float = 0.0
     gates: float = 0.0
     head: float = 0.0
+    normalizer: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -70,6 +73,7 @@ RATE_OF_PART = {
     "speech_adapter": "adapter",
     "new_tokens": "adapter",
     "head": "head",
+    "normalizer": "normalizer",
 }
 
 
@@ -81,15 +85,15 @@ class Stage:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
         loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
-            "token-ctc" on their tokens, or "next-token" on supervised tokens.
+            "token-ctc" on their tokens, "next-token" on supervised tokens, or "rules" of TN tokens.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
 
     name: str
-    medium: Literal["image", "audio", "video"]
+    medium: Literal["image", "audio", "video", "text"]
     trains: frozenset[str]
-    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token"]
+    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token", "rules"]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
@@ -112,6 +116,7 @@ STAGES: dict[str, Stage] = {
         Stage(name="speech-ctc", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
         Stage(name="speech-align", medium="audio", trains=_EARS - {"new_tokens"} | {"head"}, loss="token-ctc"),
         Stage(name="speech", medium="audio", trains=_EARS, loss="next-token", masks_prompts=True),
+        Stage(name="tts-normalizer", medium="text", trains=frozenset({"normalizer"}), loss="rules"),
     )
 }
 

@@ -10,18 +10,18 @@ from string import ascii_lowercase
 N_SHORT = 12_000
 
 
-def _items(text: str, separator: str = " ") -> list[str]:
+def items(text: str, separator: str = " ") -> list[str]:
     return text.split(separator)
 
 
-FIRST_NAMES = _items(
+FIRST_NAMES = items(
     "Anna James Maria Peter Laura David Emma John Sarah Paul Julia Robert Linda Michael Susan Thomas Karen Daniel "
     "Nancy Mark Helen George Alice Henry Rose Frank Grace Jack Ruth Oliver Lucy Samuel Clara Walter Ellen Simon"
 )
 #: Country, its capital, its continent.
 COUNTRIES = [
     tuple(country.split("/"))
-    for country in _items(
+    for country in items(
         "France/Paris/Europe, Germany/Berlin/Europe, Italy/Rome/Europe, Spain/Madrid/Europe, Portugal/Lisbon/Europe, "
         "England/London/Europe, Scotland/Edinburgh/Europe, Ireland/Dublin/Europe, Norway/Oslo/Europe, "
         "Sweden/Stockholm/Europe, Finland/Helsinki/Europe, Denmark/Copenhagen/Europe, Poland/Warsaw/Europe, "
@@ -36,40 +36,40 @@ COUNTRIES = [
     )
 ]
 PLACES = [country for country, _, _ in COUNTRIES]
-CITIES = _items(
+CITIES = items(
     "London Paris Berlin Madrid Rome Vienna Moscow Tokyo Boston Chicago Toronto Sydney Dublin Lisbon Athens Cairo"
 )
-MONTHS = _items("January February March April May June July August September October November December")
-DAYS = _items("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-COLOURS = _items("red blue green yellow black white brown grey orange purple pink")
-SIZES = _items("big small little large old new heavy light clean broken beautiful cheap strange empty wooden")
+MONTHS = items("January February March April May June July August September October November December")
+DAYS = items("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+COLOURS = items("red blue green yellow black white brown grey orange purple pink")
+SIZES = items("big small little large old new heavy light clean broken beautiful cheap strange empty wooden")
 #: Two words that mean the opposite of each other.
-OPPOSITES = _items(
+OPPOSITES = items(
     "hot cold, big small, fast slow, light dark, early late, happy sad, rich poor, strong weak, open closed, "
     "full empty, hard soft, high low, old young, easy difficult, near far, loud quiet, wet dry, thick thin, "
     "good bad, clean dirty, right wrong, up down, day night, love hate, buy sell, push pull",
     separator=", ",
 )
-GROUPS = _items(
+GROUPS = items(
     "fruits vegetables animals birds colors countries cities rivers planets sports languages trees flowers insects "
     "metals drinks tools toys jobs months seasons oceans continents instruments vehicles dances games hobbies"
 )
-JOBS = _items(
+JOBS = items(
     "doctor teacher farmer pilot baker nurse lawyer painter carpenter driver cook writer scientist singer dentist "
     "soldier sailor judge gardener plumber engineer waiter musician librarian photographer mechanic tailor"
 )
-ANIMALS = _items(
+ANIMALS = items(
     "dogs cats horses cows elephants lions bears birds fish snakes frogs bees ants whales penguins rabbits monkeys "
     "wolves foxes owls sharks turtles spiders camels goats sheep ducks eagles kangaroos butterflies crocodiles"
 )
-SUBJECTS = _items(
+SUBJECTS = items(
     "the sun, the moon, the ocean, the weather, music, history, football, cooking, space, the brain, the heart, "
     "gravity, electricity, water, rain, winter, friendship, money, school, sleep, the internet, computers, books, "
     "dreams, mountains, deserts, volcanoes, dinosaurs, ancient Rome, the human body, coffee, tea, bread, chess",
     separator=", ",
 )
 #: A question and the one right answer.
-FACTS = _items(
+FACTS = items(
     "What color is the sky?/blue, What color is grass?/green, What color is snow?/white, What color is blood?/red, "
     "What color is a banana?/yellow, What color is coal?/black, What color is a ripe tomato?/red, "
     "How many days are in a week?/seven, How many months are in a year?/twelve, How many hours are in a day?/24, "
@@ -85,7 +85,7 @@ FACTS = _items(
     "What metal is a gold ring made of?/gold, What do we use to cut paper?/scissors, What comes out of a volcano?/lava",
     separator=", ",
 )
-WISHES = _items(
+WISHES = items(
     "learn a new language, sleep better, cook rice, make tea, save money, make friends, stay healthy, bake bread, "
     "write a letter, learn to swim, plant a tree, clean a window, draw a cat, find a job, tie a knot, fix a bicycle, "
     "train a dog, grow tomatoes, boil an egg, paint a wall, read faster, become a doctor, stop worrying, run faster",

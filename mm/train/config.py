@@ -21,6 +21,7 @@ from mm.languages import find_language
 from mm.stages import STAGES, LearningRates, Stage
 from speech.bestrq import BestRQConfig
 from speech.conformer import PRESETS as CONFORMER_PRESETS
+from speech.normalizer import NormalizerConfig
 from vision.contrastive import TextTowerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,6 +49,7 @@ class ModelConfig:
             None.
         text: shape of the text tower of image-encoder.
         best_rq: masks and codebooks of speech-encoder.
+        normalizer: shape of tts-normalizer's model, and the language model whose features it reads.
     """
 
     init_from: str | None = None
@@ -62,6 +64,7 @@ class ModelConfig:
     open_gates: float | None = None
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     best_rq: BestRQConfig = field(default_factory=BestRQConfig)
+    normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
 
     def given(self) -> set[str]:
         """Names of the keys that differ from their defaults."""
@@ -82,6 +85,7 @@ class SourceConfig:
         task: what is asked about recordings that come with a text and no conversation: "asr" and "translation" use the
             paper's prompts, "dialogue" takes the text for the reply. Needed where there are such recordings.
         language: of the text, by English name or code; the corpus's own when None.
+        features: folder that `python -m mm.train.lm_features` wrote for these texts (tts-normalizer).
     """
 
     path: str
@@ -91,6 +95,7 @@ class SourceConfig:
     format: str | None = None
     task: str | None = None
     language: str | None = None
+    features: str | None = None
 
     def __post_init__(self) -> None:
         if self.style not in ("chat", "plain"):
@@ -242,6 +247,7 @@ MODEL_KEYS = {
     ("ctc", "audio"): {"encoder"},
     ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
     ("next-token", "audio"): {"init_from", "lm", "speech", "encoder"},
+    ("rules", "text"): {"normalizer"},
 }
 #: Keys of `data` that only stages of these media read.
 MEDIA_OF_DATA_KEY = {
@@ -292,7 +298,7 @@ class TrainConfig:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
         if self.stage_spec.loss in ("next-token", "token-ctc"):
             self._check_whole_model()
-        elif model.encoder is None:
+        elif model.encoder is None and self.stage_spec.loss != "rules":
             raise ValueError(f"model: stage {self.stage} trains an encoder alone; give its preset as model.encoder")
         elif self.stage_spec.loss == "best-rq" and model.encoder not in CONFORMER_PRESETS:
             presets = ", ".join(CONFORMER_PRESETS)
@@ -320,6 +326,7 @@ class TrainConfig:
         sources = (*self.data.sources, *self.data.heldout)
         asks = self.hears and self.stage_spec.loss == "next-token"
         reads = {"image_folder": not self.hears, "format": self.hears, "task": asks, "language": asks}
+        reads["features"] = self.stage_spec.loss == "rules" and self.model.normalizer.lm is not None
         for source in sources:
             for key, is_read in reads.items():
                 if getattr(source, key) is not None and not is_read:

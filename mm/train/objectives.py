@@ -26,6 +26,7 @@ from mm.train.encoders import load_encoder
 from mm.train.feature_cache import FeatureCache
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
+from mm.train.normalizing import Normalizing
 from mm.train.reading import as_caption, last_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
@@ -101,6 +102,8 @@ def make_objective(config: TrainConfig) -> Objective:
             return Aligning(config, load_model(config))
         case "next-token":
             return NextToken(config)
+        case "rules":
+            return Normalizing(config)
 
 
 @dataclass(frozen=True)
