@@ -44,7 +44,10 @@ def main(model: str = "bundled", examples: Path = EXAMPLES) -> None:
         if path != shown:
             shown = path
             console.print(f"\n[bold]{escape(f'{examples.name}/{path.name}')}[/]")
-        _ask(console, loaded, entry["question"], {kind: path}, right=entry["answer"])
+        if kind in loaded.config.media_ids:
+            _ask(console, loaded, entry["question"], {kind: path}, right=entry["answer"])
+        else:
+            console.print(f"  this model has no part for {kind}", style="dim")
     console.print("\n[bold]text alone[/]")
     _ask(console, loaded, TEXT_QUESTION, {})
 

@@ -20,6 +20,7 @@ from data.make.actors import Cast
 from lm.checkpoint import load_llama
 from lm.config import PRESETS
 from mm import MultimodalLlama
+from mm.checkpoint import compose
 from mm.cli import app
 from mm.config import ImageConfig, MultimodalConfig
 from mm.demo import EXAMPLES
@@ -138,6 +139,12 @@ def test_demo_asks_every_example_and_one_question_without_a_medium() -> None:
     media = [file for suffix in ("png", "flac") for file in EXAMPLES.glob(f"*.{suffix}")]
     assert len(media) == 8 and all(f"examples/{file.name}" in text for file in media)
     assert text.count("right: ") == 18 and "What is the capital of France?" in text
+
+
+def test_demo_leaves_out_what_the_model_has_no_part_for(tmp_path: Path) -> None:
+    compose("debug", image="debug").save_pretrained(tmp_path)
+    text = mm("demo", "--model", str(tmp_path)).stdout
+    assert text.count("right: ") == 16 and text.count("this model has no part for audio") == 2
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
