@@ -6,7 +6,7 @@ Pronunciations are gruut's: a lexicon of American English, and a model for words
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,9 @@ class Phonemizer:
             importlib.import_module("gruut_lang_en")
         except ImportError as error:
             raise ValueError("phones need gruut: run `pip install gruut gruut-lang-en`") from error
-        self._lookup, self._guess = settings.lookup_phonemes, settings.guess_phonemes
+        assert settings.lookup_phonemes and settings.guess_phonemes  # English has both
+        self._lookup: Callable[[str], Any] = settings.lookup_phonemes
+        self._guess: Callable[[str], Any] = settings.guess_phonemes
 
     def __call__(self, parts: Iterable[SpokenPart]) -> list[Phone]:
         """Phones of words and pauses, in their order; what was dropped has none."""

@@ -79,15 +79,13 @@ class FeatureFolder:
         return torch.from_numpy(np.array(self._features[rows], dtype=np.float32)), self._ends[rows].tolist()
 
 
-def write_features(
-    writer: FeatureWriter, lm_source: str, source: str | Path, out: str | Path, limit: int | None, batch_size: int
-) -> int:
-    """Writes the features of the first `limit` texts of a source; returns how many tokens they have.
+def write_features(writer: FeatureWriter, lm_source: str, source: str | Path, out: str | Path, batch_size: int) -> int:
+    """Writes the features of all texts of a source; returns how many tokens they have.
 
     Texts of similar length run together. A folder is whole once it has its `index.json`, which is written last.
     """
     opened, out = open_source(source, name=str(source)), Path(out)
-    samples = [opened[i] for i in range(min(limit or len(opened), len(opened)))]
+    samples = [opened[i] for i in range(len(opened))]
     written = sorted(((sample.key, written_text(sample.metadata)) for sample in samples), key=lambda pair: len(pair[1]))
     rows: dict[str, tuple[int, int]] = {}
     ends: list[int] = []
@@ -139,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", required=True, help="texts of `mm data make writing`")
     parser.add_argument("--out", required=True, type=Path, help="folder for the features")
     parser.add_argument("--layer", type=int, help="how many layers run (default: half of them)")
-    parser.add_argument("--limit", type=int, help="only the first texts")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu")
@@ -147,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model = MultimodalLlama.from_pretrained(arguments.lm, dtype=DTYPES[arguments.dtype], device=arguments.device)
         writer = FeatureWriter(model, arguments.layer)
-        n = write_features(writer, arguments.lm, arguments.source, arguments.out, arguments.limit, arguments.batch_size)
+        n = write_features(writer, arguments.lm, arguments.source, arguments.out, arguments.batch_size)
     except ValueError as error:
         parser.error(str(error))
     print(f"wrote {arguments.out}: {n} tokens after layer {writer.layer}")
