@@ -291,7 +291,7 @@ def test_wrong_arguments_are_named(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_with_ears_answers_alike_in_any_batch_and_text_by_its_language_model(shards: Path) -> None:
-    model = debug_model()
+    model = debug_model(seed=4)  # of the random models, one whose words change with what it hears
     utterances = choose_utterances(heldout_sources(shards, "speech"), limit=9)[:3]
     answered = answer(model, utterances, batch_size=3)
     assert answered == answer(model, utterances, batch_size=1)
