@@ -116,7 +116,8 @@ def test_a_clip_of_variable_rate_is_sampled_by_time() -> None:
     ],
 )
 def test_seeking_gives_the_frames_of_decoding_everything(container: str, codec: str, options: dict[str, str]) -> None:
-    clip = counted(120, container, codec, options=options)
+    size = (70, 66) if codec == "libx265" else (WIDTH, HEIGHT)  # x265 corrupts memory on frames smaller than its blocks
+    clip = encode([numbered(i, *size) for i in range(120)], container, codec, options=options)
     everything = decoded_in_full(clip)
     with av.open(io.BytesIO(clip)) as opened:
         stream = opened.streams.video[0]
@@ -258,7 +259,7 @@ def test_transparent_animations_lie_on_white(tmp_path: Path) -> None:
     ],
 )
 def test_hdr_is_mapped_to_the_standard_range(transfer: str, level: float, low: int, high: int) -> None:
-    luma = np.full((32, 48), round(1023 * level), np.uint16)
+    luma = np.full((64, 64), round(1023 * level), np.uint16)
     x265 = f"log-level=none:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
     clip = encode([luma] * 3, "mp4", "libx265", pixels="yuv420p10le", source="gray10le", options={"x265-params": x265})
     for picture in load_frames(clip):
