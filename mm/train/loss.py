@@ -69,7 +69,7 @@ def count_shared(model: MultimodalLlama, batch: Batch) -> int:
 def hidden_after(model: MultimodalLlama, batch: Batch, n_shared: int) -> Tensor:
     """Decoder output `(B, T - n_shared, D)` of what follows the first `n_shared` tokens, which run once, as one row.
 
-    It is that of `model.hidden` to rounding. In the chat format of the bundled model this saves a third of the arithmetic.
+    It is that of `model.hidden` to rounding. In the bundled model's chat format a third of the tokens is shared (docs/LOG.md).
     """
     media = model.encode_media(batch)
     weight = model.lm.embed_tokens.weight

@@ -13,7 +13,7 @@ from lm.chat import chat_format
 from lm.config import PRESETS as PRESETS_LM
 from lm.tokenizer import ByteTokenizer
 from mm.config import with_parts
-from mm.processor import Processor, Sample
+from mm.processor import Processor, Sample, pad_frames
 from video.frames import load_frames
 from vision.encoder import PRESETS
 from vision.tiling import tile_image
@@ -226,3 +226,15 @@ def test_a_batch_moves_whole(samples):
     assert len(tensors) == 7
     assert {t.device.type for t in [*tensors, batch.pictures.tiles_PNCHW, batch.pictures.grid_P2]} == {"meta"}
     assert make_processor().collate(samples[1:2]).to("meta").pictures is None
+
+
+def test_recordings_are_padded_with_zeros_to_a_multiple() -> None:
+    recordings = [torch.ones(n, 3) for n in (5, 13)]
+    padded = pad_frames(recordings, multiple=7)
+    assert padded.shape == (2, 14, 3)
+    assert [row.any(-1).sum().item() for row in padded] == [5, 13]
+    assert all(row[: len(mel_TM)].all() for row, mel_TM in zip(padded, recordings, strict=True))
+    assert pad_frames([torch.ones(14, dtype=torch.bool)], multiple=7).shape == (
+        1,
+        14,
+    )  # masks, too, and no more than needed
