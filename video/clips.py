@@ -68,7 +68,11 @@ class Clips:
         return Clips(frames, self.n_frames_V.to(frames.grid_P2.device))
 
 
-def encode_frames(encoder: Callable[[Pictures], Tensor], frames: Pictures, n_at_once: int = 16) -> Tensor:
-    """Features `(P, N, L, F)` of frames, `n_at_once` at a time: the encoder's memory does not grow with the clips."""
+def encode_frames(encoder: Callable[[Pictures], Tensor], frames: Pictures, n_at_once: int | None = None) -> Tensor:
+    """Features `(P, N, L, F)` of frames, `n_at_once` at a time: the encoder's memory does not grow with the clips.
+
+    When None, as many as keep the device busy.
+    """
+    n_at_once = n_at_once or (256 if frames.tiles_PNCHW.is_cuda else 16)
     slices = zip(frames.tiles_PNCHW.split(n_at_once), frames.grid_P2.split(n_at_once), strict=True)
     return torch.cat([encoder(Pictures(tiles, grid)) for tiles, grid in slices])

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-new-tokens", type=int, default=64, help="longer replies end with their last whole sentence"
     )
     parser.add_argument("--batch-size", type=int, default=32, help="questions that are answered together")
+    parser.add_argument("--device", default="cpu", help='such as "cuda"')
     arguments = parser.parse_args(argv)
     try:
         answer_shards(**vars(arguments))
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def answer_shards(lm: str, shards: str | Path, out: str | Path, max_new_tokens: int = 64, batch_size: int = 32) -> None:
+def answer_shards(
+    lm: str, shards: str | Path, out: str | Path, max_new_tokens: int = 64, batch_size: int = 32, device: str = "cpu"
+) -> None:
     """Writes a copy of each shard under its name in `out`, in which every dialogue has a reply.
 
     The reply becomes the last turn of `conversations`. `answer`, the right answer that evaluation looks for, stays as it is.
@@ -67,7 +70,7 @@ def answer_shards(lm: str, shards: str | Path, out: str | Path, max_new_tokens: 
         raise ValueError(f"out: {out} is where the shards are; give another folder")
     missing = [path for path in paths if not (out / path.name).exists()]
     out.mkdir(parents=True, exist_ok=True)
-    model = MultimodalLlama.from_pretrained(lm)
+    model = MultimodalLlama.from_pretrained(lm, device=device)
     n_unfinished = 0
     for path in tqdm(missing, unit="shard", desc="replies"):
         samples = list(_read(path))
