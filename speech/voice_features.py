@@ -106,19 +106,22 @@ def log_power(waveform_BN: Tensor, config: VoiceFeaturesConfig) -> Tensor:
 
 
 def pitch(waveform_N: np.ndarray, config: VoiceFeaturesConfig) -> np.ndarray:
-    """Fundamental frequency of each frame in Hz, `(T,)` float32, 0 where the voice has none: WORLD's Harvest.
+    """Fundamental frequency of each frame in Hz, `(T,)` float32, 0 where the voice has none: Praat's autocorrelation method.
 
     Raises:
-        ValueError: pyworld is not installed, or the samples are no whole number of frames.
+        ValueError: Praat's library is not installed, or the samples are no whole number of frames.
     """
     try:
-        import pyworld
+        import parselmouth
     except ImportError as error:
-        raise ValueError("pitch needs pyworld: run `pip install pyworld`") from error
-    count = n_frames(len(waveform_N), config)
-    # Harvest's frames are centred on multiples of the period, ours on the middle of a hop.
-    shifted = np.pad(np.asarray(waveform_N, dtype=np.float64)[config.hop // 2 :], (0, config.hop))
-    period = 1000 * config.hop / config.sample_rate
+        raise ValueError("pitch needs Praat's library: run `pip install praat-parselmouth`") from error
+    count, period = n_frames(len(waveform_N), config), config.hop / config.sample_rate
     low, high = PITCH_RANGE
-    f0, _ = pyworld.harvest(shifted, config.sample_rate, f0_floor=low, f0_ceil=high, frame_period=period)
-    return f0[:count].astype(np.float32)
+    # Praat centres a grid of frames on the sound, and leaves out those whose window of three periods would pass its ends.
+    # A margin of that window and a bit on both sides makes that grid ours, some frames longer.
+    window = 3 / low
+    margin = np.zeros(round((window + 0.2 * period) * config.sample_rate))
+    sound = parselmouth.Sound(np.concatenate([margin, waveform_N.astype(np.float64), margin]), config.sample_rate)
+    track = sound.to_pitch_ac(time_step=period, pitch_floor=low, pitch_ceiling=high)
+    first = round((len(margin) / config.sample_rate + period / 2 - track.x1) / period)
+    return track.selected_array["frequency"][first : first + count].astype(np.float32)
