@@ -224,7 +224,12 @@ class AcousticModel(nn.Module):
         after_BT = end_BN.gather(1, phone_BT) - frame_BT - 0.5
         before_BT = lasts_BT - after_BT
         share_BT = before_BT / lasts_BT.clamp(min=1)
-        place = [share_BT, (torch.pi * share_BT).sin(), *(x / 10 for x in (before_BT, after_BT)), *map(_near, (before_BT, after_BT))]
+        place = [
+            share_BT,
+            (torch.pi * share_BT).sin(),
+            *(x / 10 for x in (before_BT, after_BT)),
+            *map(_near, (before_BT, after_BT)),
+        ]
         x_BTD = self.place_proj(torch.stack(place, dim=-1)) + take_phones(h_BND, phone_BT)
         x_BTD, past_BLKD = self.frame_blocks(x_BTD, n_frames_B, state.frame_past_BLKD)
         y_BTX = self.head(x_BTD).float().masked_fill(~below(n_frames_B, length)[..., None], 0)

@@ -32,7 +32,9 @@ def phone_prosody(frames_N: Tensor, f0_T: Tensor, log_power_T: Tensor) -> Tensor
     n_voiced_N = total(voiced_T)
     log_f0_N = total(f0_T.clamp(min=1).log() * voiced_T) / n_voiced_N.clamp(min=1)
     centre_N = frames_N.cumsum(0) - 0.5 * frames_N
-    return torch.stack([frames_N.log(), _bridged(log_f0_N, centre_N, n_voiced_N > 0), total(log_power_T) / frames_N], dim=-1)
+    return torch.stack(
+        [frames_N.log(), _bridged(log_f0_N, centre_N, n_voiced_N > 0), total(log_power_T) / frames_N], dim=-1
+    )
 
 
 def _bridged(value_N: Tensor, place_N: Tensor, known_N: Tensor) -> Tensor:

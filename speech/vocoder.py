@@ -122,9 +122,7 @@ class Vocoder(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("window", torch.hann_window(config.window), persistent=False)
 
-    def forward(
-        self, mel_BTM: Tensor, f0_BT: Tensor, n_frames_B: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, mel_BTM: Tensor, f0_BT: Tensor, n_frames_B: Tensor | None = None) -> Tensor:
         """Samples `(B, T * hop)` of whole utterances; zeros past a row's end.
 
         Args:
@@ -189,9 +187,7 @@ class Vocoder(nn.Module):
         waveform_BTN = waveform_BTN.masked_fill(~below(n_B, waveform_BTN.shape[1])[..., None], 0)
         return waveform_BTN.flatten(1), n_B * hop, state.reset(final_B)
 
-    def follow(
-        self, mel_BTM: Tensor, f0_BT: Tensor, n_B: Tensor, state: VocoderState
-    ) -> tuple[Tensor, VocoderState]:
+    def follow(self, mel_BTM: Tensor, f0_BT: Tensor, n_B: Tensor, state: VocoderState) -> tuple[Tensor, VocoderState]:
         """The frames of samples `(B, T, hop)` that lie `config.delay` frames before these: row for row, nothing left out."""
         n_taken = state.frames_BKD.shape[1]
         voiced_BT1 = (f0_BT > 0)[..., None]
@@ -242,7 +238,12 @@ class Vocoder(nn.Module):
         half = config.n_taps // 2
         # Its centre is sample 0: what lies before goes to the end of the longer transform.
         response_BPEN = torch.cat(
-            [response_BPEN[..., :half], response_BPEN.new_zeros(*response_BPEN.shape[:3], config.window), response_BPEN[..., half:]], -1
+            [
+                response_BPEN[..., :half],
+                response_BPEN.new_zeros(*response_BPEN.shape[:3], config.window),
+                response_BPEN[..., half:],
+            ],
+            -1,
         )
         product_BPF = (torch.fft.rfft(response_BPEN) * spectrum_BPEF).sum(2)
         pieces_BPN = torch.fft.irfft(product_BPF, config.n_fft)
