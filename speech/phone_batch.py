@@ -128,14 +128,14 @@ class PhoneStream:
             if self._last is None:
                 kept.append(_pause("", phone))
                 self._last = kept[-1]
-            if phone.ipa != PAUSE or self._last.ipa != PAUSE:
+            if not (phone.is_pause and self._last.is_pause):
                 kept.append(phone)
                 self._last = phone
         return kept
 
     def finish(self) -> list[Phone]:
         """The pause at the end, where the text has none; nothing if nothing was said."""
-        return [] if self._last is None or self._last.ipa == PAUSE else [_pause(".", self._last)]
+        return [] if self._last is None or self._last.is_pause else [_pause(".", self._last)]
 
 
 def _pause(mark: str, neighbour: Phone) -> Phone:
