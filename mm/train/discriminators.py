@@ -111,12 +111,12 @@ def _layers(x: Tensor, convs: nn.ModuleList, head: nn.Module) -> list[Tensor]:
 
 
 class Discriminators(nn.Module):
-    """Several that look at different things."""
+    """Several that look at different things; `channels` is that of a first layer."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         parts: list[nn.Module] = [PeriodDiscriminator(period, channels) for period in PERIODS]
-        parts += [SpectrumDiscriminator(size, channels) for size in RESOLUTIONS]
+        parts += [SpectrumDiscriminator(size, -(-channels // 2)) for size in RESOLUTIONS]
         self.parts = nn.ModuleList(parts)
 
     def forward(self, waveform_BN: Tensor) -> list[list[Tensor]]:

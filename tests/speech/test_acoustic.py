@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from speech.acoustic import PRESETS, AcousticConfig, AcousticModel
-from speech.convnext import CausalConvNeXt
+from speech.convnext import CausalConvNeXt, DepthwiseConv
 from speech.phone_batch import PhoneBatch
 from speech.phone_prosody import NO_PITCH, phone_prosody
 
@@ -150,6 +151,13 @@ def test_pitch_is_told_around_the_phones_mean() -> None:
     assert not said.f0_BT.any()  # no odds, no voice
     model.head.bias.data[-1] = 1
     torch.testing.assert_close(model(phones, prosody_BN3, frames_BN).f0_BT[0], expected.exp())
+
+
+def test_the_depthwise_convolution_is_pytorchs() -> None:
+    conv = DepthwiseConv(7, kernel=3)
+    x_BXD = torch.randn(2, 11, 7)
+    expected = F.conv1d(x_BXD.mT, conv.weight[:, None], conv.bias, groups=7).mT
+    torch.testing.assert_close(conv(x_BXD), expected)
 
 
 def test_blocks_are_causal_and_gradients_reach_everything() -> None:
