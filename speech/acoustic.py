@@ -221,7 +221,7 @@ class AcousticModel(nn.Module):
         frame_BT = torch.arange(length, device=end_BN.device).expand(len(end_BN), -1).contiguous()
         phone_BT = torch.searchsorted(end_BN, frame_BT, right=True).clamp(max=end_BN.shape[1] - 1)
         lasts_BT = frames_BN.gather(1, phone_BT)
-        after_BT = end_BN.gather(1, phone_BT) - frame_BT - 0.5
+        after_BT = (end_BN.gather(1, phone_BT) - frame_BT - 0.5).clamp(min=0)  # past a row's end nothing is far
         before_BT = lasts_BT - after_BT
         share_BT = before_BT / lasts_BT.clamp(min=1)
         place = [
