@@ -1,4 +1,4 @@
-"""The vocoder: log-mel frames and pitch to samples, causal up to a fixed look-ahead (section 8.1.2 leaves its kind open; 8.4: WaveRNN).
+"""The vocoder: log-mel frames and pitch to samples, causal up to a fixed look-ahead (section 8.1.2; the paper's is a WaveRNN).
 
 Source and filter. White pulses at the pitch and white noise (`speech.excitation`) pass through two filters that a small network
 draws twice per frame: one with magnitude and phase for the pulses, one with magnitude alone for the noise. Harmonics are thus

@@ -6,7 +6,7 @@ Precedence: command line, then YAML, then the defaults here. An unknown key is a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from speech.acoustic import PRESETS as ACOUSTIC_PRESETS
 from speech.bestrq import BestRQConfig
 from speech.conformer import PRESETS as CONFORMER_PRESETS
 from speech.normalizer import NormalizerConfig
+from speech.prosody import PRESETS as PROSODY_PRESETS
+from speech.prosody import ProsodyConfig
 from speech.vocoder import PRESETS as VOCODER_PRESETS
 from vision.contrastive import TextTowerConfig
 
@@ -82,6 +84,7 @@ class ModelConfig:
         text: shape of the text tower of image-encoder.
         best_rq: masks and codebooks of speech-encoder.
         normalizer: shape of tts-normalizer's model, and the language model whose features it reads.
+        prosody: shape of tts-prosody's model, and the language model whose features it reads.
         acoustic, vocoder: name of a shape (`speech.acoustic.PRESETS`, `speech.vocoder.PRESETS`).
         vocoding: how tts-vocoder learns.
     """
@@ -99,6 +102,7 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     best_rq: BestRQConfig = field(default_factory=BestRQConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
+    prosody: ProsodyConfig = field(default_factory=PROSODY_PRESETS["bundled"])
     acoustic: str | None = None
     vocoder: str | None = None
     vocoding: VocodingConfig = field(default_factory=VocodingConfig)
@@ -122,7 +126,7 @@ class SourceConfig:
         task: what is asked about recordings that come with a text and no conversation: "asr" and "translation" use the
             paper's prompts, "dialogue" takes the text for the reply. Needed where there are such recordings.
         language: of the text, by English name or code; the corpus's own when None.
-        features: folder that `python -m mm.train.lm_features` wrote for these texts (tts-normalizer).
+        features: folder that `python -m mm.train.lm_features` wrote for these texts (tts-normalizer, tts-prosody).
     """
 
     path: str
@@ -285,12 +289,13 @@ MODEL_KEYS = {
     ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
     ("next-token", "audio"): {"init_from", "lm", "speech", "encoder"},
     ("rules", "text"): {"normalizer"},
+    ("prosody", "voice"): {"prosody"},
     ("mel", "voice"): {"init_from", "acoustic"},
     ("waveform", "voice"): {"init_from", "vocoder", "vocoding"},
 }
 #: Losses that an encoder learns alone, and models of the voice that are told by the name of a shape.
 ENCODER_LOSSES = ("contrastive", "best-rq", "ctc")
-VOICE_PRESETS = {
+VOICE_PRESETS: dict[str, tuple[str, Collection[str]]] = {
     "tts-acoustic": ("acoustic", ACOUSTIC_PRESETS),
     "tts-vocoder": ("vocoder", VOCODER_PRESETS),
 }
@@ -381,7 +386,8 @@ class TrainConfig:
         sources = (*self.data.sources, *self.data.heldout)
         asks = self.hears and self.stage_spec.loss == "next-token"
         reads = {"image_folder": not self.hears, "format": self.hears, "task": asks, "language": asks}
-        reads["features"] = self.stage_spec.loss == "rules" and self.model.normalizer.lm is not None
+        lm = {"rules": self.model.normalizer.lm, "prosody": self.model.prosody.lm}.get(self.stage_spec.loss)
+        reads["features"] = lm is not None
         for source in sources:
             for key, is_read in reads.items():
                 if getattr(source, key) is not None and not is_read:

@@ -129,8 +129,7 @@ class MelPrediction:
     """An acoustic model."""
 
     def __init__(self, config: TrainConfig) -> None:
-        init_from, preset = config.model.init_from, config.model.acoustic
-        self.acoustic: AcousticModel = load_part(init_from, "acoustic") if init_from else AcousticModel(PRESETS[preset]())
+        self.acoustic = _start(config)
         self.model = nn.ModuleDict({"acoustic": self.acoustic})
         self.features = VoiceFeaturesConfig(n_mels=self.acoustic.config.n_mels)
         self.reader = SpokenReader(LogMelVoice(self.features))
@@ -170,11 +169,22 @@ class MelPrediction:
         for i, (raw, sample) in enumerate(zip(raws, samples, strict=True)):
             mel_TM = frames.mel_BTM[i, : len(sample.f0_T)].cpu()
             scores.append(fidelity(sample.mel_TM, mel_TM, sample.f0_T, frames.f0_BT[i, : len(sample.f0_T)].cpu()))
-            rows.append(Shown(mel_pair(sample.mel_TM, mel_TM), raw.metadata["text"], f"MCD {means(scores[-1:])['mcd_db']:.2f} dB"))
+            rows.append(
+                Shown(
+                    mel_pair(sample.mel_TM, mel_TM), raw.metadata["text"], f"MCD {means(scores[-1:])['mcd_db']:.2f} dB"
+                )
+            )
         return rows, means(scores)
 
     def export(self, directory: Path) -> None:
         save_part(self.acoustic, directory, "acoustic")
+
+
+def _start(config: TrainConfig) -> AcousticModel:
+    if config.model.init_from is not None:
+        return load_part(config.model.init_from, "acoustic")
+    assert config.model.acoustic is not None
+    return AcousticModel(PRESETS[config.model.acoustic]())
 
 
 def mel_pair(mel_TM: Tensor, made_mel_TM: Tensor) -> Image.Image:

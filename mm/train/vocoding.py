@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ class Crops:
     keys: list[str]
 
     def to(self, device: torch.device | str) -> Crops:
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         utterances = self.utterances.to(device) if self.utterances else None
         return dataclasses.replace(self, **tensors, utterances=utterances)
 
@@ -129,8 +130,7 @@ class Vocoding:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config.model.vocoding
-        init_from, preset = config.model.init_from, config.model.vocoder
-        self.vocoder: Vocoder = load_part(init_from, "vocoder") if init_from else Vocoder(PRESETS[preset]())
+        self.vocoder = _start(config)
         self.features, self.delay = self.vocoder.config.features, self.vocoder.config.delay
         if self.config.frames < 2 * self.delay + self.config.judged:
             raise ValueError(
@@ -139,7 +139,12 @@ class Vocoding:
             )
         self.discriminators = Discriminators(self.config.channels)
         self.judge, self.log_mel = LogSpectra(self.features.sample_rate), LogMelVoice(self.features)
-        parts = {"vocoder": self.vocoder, "discriminators": self.discriminators, "judge": self.judge, "log_mel": self.log_mel}
+        parts = {
+            "vocoder": self.vocoder,
+            "discriminators": self.discriminators,
+            "judge": self.judge,
+            "log_mel": self.log_mel,
+        }
         self.acoustic: AcousticModel | None = None
         if self.config.mels_from is not None:
             parts["acoustic"] = self.acoustic = load_part(self.config.mels_from, "acoustic")
@@ -232,3 +237,10 @@ class Vocoding:
 
     def export(self, directory: Path) -> None:
         save_part(self.vocoder, directory, "vocoder")
+
+
+def _start(config: TrainConfig) -> Vocoder:
+    if config.model.init_from is not None:
+        return load_part(config.model.init_from, "vocoder")
+    assert config.model.vocoder is not None
+    return Vocoder(PRESETS[config.model.vocoder]())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from data.audio import encode_flac
 from data.shards import write_shard
+from data.voice import read_voice
 from mm.config import from_mapping
 from mm.train import run_checkpoint
 from mm.train.config import TrainConfig
@@ -61,7 +63,11 @@ def run(shards: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             "output": str(tmp_path / stage),
             "model": model,
             "data": {"sources": sources, "heldout": sources, "window": 2},
-            "optim": {"steps": steps, "batch_size": N, "lr": {"voice": lr} | ({"head": lr} if "vocod" in stage else {})},
+            "optim": {
+                "steps": steps,
+                "batch_size": N,
+                "lr": {"voice": lr} | ({"head": lr} if "vocod" in stage else {}),
+            },
             "eval": {"every": 100, "samples": N, "pictures": 1},
             "checkpoint": {"every": 100},
         }
@@ -86,7 +92,7 @@ def gradients(trainer: Trainer, batch: Any) -> dict[str, torch.Tensor | None]:
 
 
 def test_the_acoustic_model_learns_by_heart_and_is_exported(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    trainer = make_trainer(run("tts-acoustic", 60, 2e-2, acoustic="debug"))
+    trainer = make_trainer(run("tts-acoustic", 40, 2e-2, acoustic="debug"))
     before = trainer.evaluate()
     export = trainer.train()
     assert export is not None
@@ -98,7 +104,7 @@ def test_the_acoustic_model_learns_by_heart_and_is_exported(run: Callable[..., d
     assert loaded.config == trainer.objective.acoustic.config
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[f"acoustic.{name}"])
-    assert (tmp_path / "tts-acoustic" / "samples" / "step_000060.png").exists()
+    assert (tmp_path / "tts-acoustic" / "samples" / "step_000040.png").exists()
     again = make_trainer(run("tts-acoustic", 1, 1e-9, init_from=str(export)) | {"output": str(tmp_path / "again")})
     assert again.evaluate()["heldout/loss"] == pytest.approx(after["heldout/loss"])
 
@@ -120,7 +126,7 @@ def test_the_loss_does_not_depend_on_the_cut(run: Callable[..., dict[str, Any]])
 
 
 def test_the_vocoder_learns_and_is_exported_without_discriminators(run: Callable[..., dict[str, Any]]) -> None:
-    trainer = make_trainer(run("tts-vocoder", 60, 1e-2, vocoder="debug", vocoding=CROPS))
+    trainer = make_trainer(run("tts-vocoder", 25, 1e-2, vocoder="debug", vocoding=CROPS))
     before = trainer.evaluate()
     export = trainer.train()
     assert export is not None
@@ -181,7 +187,6 @@ def test_a_resumed_run_is_bit_for_bit_the_same_across_the_start_of_the_discrimin
     for output, stops in (("whole", []), ("cut", [2, 4])):
         for stop in [*stops, 6]:
             trainer = make_trainer(data | {"output": str(tmp_path / output), "checkpoint": {"every": 1, "keep": 9}})
-            trainer._log_stop = stop  # type: ignore[attr-defined]
             step = trainer.train_step
 
             def until(batch: Any, trainer: Trainer = trainer, step: Any = step, stop: int = stop) -> dict[str, float]:
@@ -192,11 +197,15 @@ def test_a_resumed_run_is_bit_for_bit_the_same_across_the_start_of_the_discrimin
             trainer.train()
     logs = [[line["loss"] for line in read_log(tmp_path / name) if "loss" in line] for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 6
-    paths = [run_checkpoint.path_of(tmp_path / name / "checkpoints", 6) / "weights.safetensors" for name in ("whole", "cut")]
+    paths = [
+        run_checkpoint.path_of(tmp_path / name / "checkpoints", 6) / "weights.safetensors" for name in ("whole", "cut")
+    ]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_the_vocoder_learns_from_what_the_acoustic_model_says(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_the_vocoder_learns_from_what_the_acoustic_model_says(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     acoustic = make_trainer(run("tts-acoustic", 1, 1e-3, acoustic="debug")).train()
     first = make_trainer(run("tts-vocoder", 1, 1e-3, vocoder="debug", vocoding=CROPS)).train()
     crops = CROPS | {"mels_from": str(acoustic), "judged_from": 0}
@@ -208,7 +217,9 @@ def test_the_vocoder_learns_from_what_the_acoustic_model_says(run: Callable[...,
     objective = trainer.objective
     assert isinstance(objective, Vocoding) and objective.acoustic is not None and batch.utterances is not None
     mel_BTM = objective._mels(batch)
-    whole = objective.acoustic(batch.utterances.phones, batch.utterances.prosody_BN3, batch.utterances.frames_BN).mel_BTM
+    whole = objective.acoustic(
+        batch.utterances.phones, batch.utterances.prosody_BN3, batch.utterances.frames_BN
+    ).mel_BTM
     for mel_TM, row, start in zip(mel_BTM, batch.row_B.tolist(), batch.start_B.tolist(), strict=True):
         torch.testing.assert_close(mel_TM, whole[row, start : start + 20])
     assert trainer.train() is not None
@@ -219,8 +230,6 @@ def test_crops_are_of_the_recording(run: Callable[..., dict[str, Any]]) -> None:
     trainer = make_trainer(run("tts-vocoder", 1, 1e-3, vocoder="debug", vocoding=CROPS))
     objective = trainer.objective
     assert isinstance(objective, Vocoding)
-    from data.voice import read_voice
-
     crops = trainer.objective.reader.prepare(trainer.heldout[1]).crops
     sample = read_voice(trainer.heldout[1])
     assert sample.waveform_N is not None
@@ -242,8 +251,13 @@ def test_what_does_not_fit_is_refused(run: Callable[..., dict[str, Any]]) -> Non
     refuse(run("tts-acoustic", 1, 1e-3), r"model: give either acoustic, .* or init_from")
     refuse(run("tts-acoustic", 1, 1e-3, acoustic="huge"), r"model\.acoustic: 'huge' is unknown; choose one of debug")
     refuse(run("tts-acoustic", 1, 1e-3, acoustic="debug", vocoder="debug"), "does not read it")
-    refuse(run("tts-vocoder", 1, 1e-3, vocoder="debug", vocoding=CROPS | {"frames": 15}), "vocoding.frames: the vocoder is")
-    refuse(run("tts-vocoder", 1, 1e-3, vocoder="debug", vocoding=CROPS | {"crops": 0}), r"vocoding\.crops must be at least 1")
+    refuse(
+        run("tts-vocoder", 1, 1e-3, vocoder="debug", vocoding=CROPS | {"frames": 15}), "vocoding.frames: the vocoder is"
+    )
+    refuse(
+        run("tts-vocoder", 1, 1e-3, vocoder="debug", vocoding=CROPS | {"crops": 0}),
+        r"vocoding\.crops must be at least 1",
+    )
 
 
 def test_a_sample_that_is_no_voice_is_named(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -251,7 +265,5 @@ def test_a_sample_that_is_no_voice_is_named(run: Callable[..., dict[str, Any]], 
     raw = trainer.heldout[0]
     phones = json.loads(json.dumps(raw.metadata["phones"]))
     phones[0][4] += 1
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="every phone needs a frame or more"):
         trainer.objective.reader.prepare(replace(raw, metadata=raw.metadata | {"phones": phones}))

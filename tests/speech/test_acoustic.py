@@ -20,8 +20,12 @@ from speech.phone_batch import PhoneBatch
 from speech.phone_prosody import NO_PITCH, phone_prosody
 
 CONFIGS = [
-    AcousticConfig(n_mels=5, dim=13, ffn_dim=17, phone_layers=2, frame_layers=1, phone_kernel=2, frame_kernel=3, lookahead=3),
-    AcousticConfig(n_mels=7, dim=11, ffn_dim=5, phone_layers=1, frame_layers=2, frame_kernel=5, lookahead=1, n_speakers=3),
+    AcousticConfig(
+        n_mels=5, dim=13, ffn_dim=17, phone_layers=2, frame_layers=1, phone_kernel=2, frame_kernel=3, lookahead=3
+    ),
+    AcousticConfig(
+        n_mels=7, dim=11, ffn_dim=5, phone_layers=1, frame_layers=2, frame_kernel=5, lookahead=1, n_speakers=3
+    ),
 ]
 N_PHONES = 13
 
@@ -116,7 +120,9 @@ def test_rows_end_on_their_own_and_states_can_be_saved(tmp_path: Path) -> None:
         state = type(state)(**load_file(tmp_path / "state.safetensors"))
         mel_BTM, _, n_B, state = model.step(*parts[1], state, final=torch.tensor([True, False]))
         assert n_B[0] + first_B[0] == whole.n_frames_B[0] and n_B[1] + first_B[1] < whole.n_frames_B[1]
-        torch.testing.assert_close(mel_BTM[0, : n_B[0]], whole.mel_BTM[0, first_B[0] : whole.n_frames_B[0]], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            mel_BTM[0, : n_B[0]], whole.mel_BTM[0, first_B[0] : whole.n_frames_B[0]], atol=1e-4, rtol=1e-5
+        )
         assert not any(x[0].any() for x in vars(state).values()) and all(x[1].any() for x in vars(state).values())
 
 

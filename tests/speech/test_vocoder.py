@@ -43,7 +43,12 @@ def frames(n_rows: int, n_frames: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def stream(
-    vocoder: Vocoder, mel_BTM: Tensor, f0_BT: Tensor, n_frames_B: Tensor, cuts: Sequence[int], state: VocoderState | None = None
+    vocoder: Vocoder,
+    mel_BTM: Tensor,
+    f0_BT: Tensor,
+    n_frames_B: Tensor,
+    cuts: Sequence[int],
+    state: VocoderState | None = None,
 ) -> list[Tensor]:
     """Samples of each row, streamed in pieces of the sizes in `cuts`, then the rest."""
     state = state or vocoder.init_state(len(mel_BTM))
@@ -71,7 +76,9 @@ def test_pulses_are_the_sum_of_all_harmonics() -> None:
     time_N = np.arange(n_frames * 22) / rate
     share = rate / 2 / f0 - 5
     weights = [1, 1, 1, 1, share]  # five harmonics lie below 500 Hz
-    expected = sum(w * np.cos(2 * math.pi * k * f0 * time_N) for k, w in enumerate(weights, 1)) * math.sqrt(2 / (5 + share))
+    expected = sum(w * np.cos(2 * math.pi * k * f0 * time_N) for k, w in enumerate(weights, 1)) * math.sqrt(
+        2 / (5 + share)
+    )
     np.testing.assert_allclose(pulses_1TN.flatten().numpy(), expected, atol=1e-5)
     assert phase_1X[0, -1].item() == pytest.approx(n_frames * 22 * f0 / rate % 1)
     assert f0_1X.tolist() == [[0.0, *[93.0] * n_frames]]
@@ -158,7 +165,9 @@ def test_any_chunking_gives_the_same_samples(config: VocoderConfig, cuts: list[i
     with torch.no_grad():
         whole_BN = vocoder(mel_BTM, f0_BT, n_frames_B)
     assert whole_BN.shape == (3, 23 * 22) and whole_BN.abs().max() > 0.01
-    for made_N, expected_N, n in zip(stream(vocoder, mel_BTM, f0_BT, n_frames_B, cuts), whole_BN, n_frames_B.tolist(), strict=True):
+    for made_N, expected_N, n in zip(
+        stream(vocoder, mel_BTM, f0_BT, n_frames_B, cuts), whole_BN, n_frames_B.tolist(), strict=True
+    ):
         assert len(made_N) == n * 22
         torch.testing.assert_close(made_N, expected_N[: n * 22], atol=1e-5, rtol=0)
 
