@@ -18,7 +18,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class Sample:
             assistant who says the caption; so is speech with its transcript. Speech without one is the user alone.
         metadata: the sample's JSON. Speech may have its `duration` in seconds, `language` and `speaker` there.
         caption: the sample's text file, or the transcript; None where there is none.
+        arrays: what the sample's `.npy` files hold, by name: `f0` of `0007.f0.npy`.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Sample:
     messages: list[dict[str, Any]]
     metadata: dict[str, Any]
     caption: str | None = None
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -159,7 +161,14 @@ class ShardSource:
             ]
             caption = files["txt"].decode() if "txt" in files else None
             messages = _messages(metadata, media, caption)
-            return Sample(key=key, source=self.name, messages=messages, metadata=metadata, caption=caption)
+            arrays = {
+                extension.removesuffix(".npy"): np.load(io.BytesIO(content), allow_pickle=False)
+                for extension, content in files.items()
+                if extension.endswith(".npy")
+            }
+            return Sample(
+                key=key, source=self.name, messages=messages, metadata=metadata, caption=caption, arrays=arrays
+            )
         except ValueError as error:
             raise ValueError(f"{error} (sample {key!r} of shard {str(shard)!r})") from error
 

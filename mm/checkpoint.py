@@ -22,6 +22,8 @@ from lm.config import PRESETS
 from lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from mm.config import ImageConfig, MultimodalConfig, add_part, from_mapping, with_parts
 from mm.model import MultimodalLlama
+from mm.voice import FOLDER as VOICE_FOLDER
+from mm.voice import debug_voice, load_voice, save_voice
 from vision import mllama
 from vision.tiling import PIXEL_MEAN, PIXEL_STD
 
@@ -41,11 +43,13 @@ def from_pretrained(
         model = _load_ours(Path(str(resources.files("mm") / "bundled")), dtype)
     else:
         model = _load_path(hub.resolve(source), dtype)
+    if model.voice is not None:
+        model.voice.to(device)  # which stays FP32
     return model.to(device=device, dtype=dtype).eval()
 
 
 def save_pretrained(model: MultimodalLlama, directory: str | Path) -> None:
-    """Writes `config.json`, the parts beside the language model, its tokenizer, and the language model.
+    """Writes `config.json`, the parts beside the language model, its voice, its tokenizer, and the language model.
 
     A language model that came from the registry of `lm.hub` is pinned by its hash, so it is named instead of copied.
     """
@@ -60,6 +64,8 @@ def save_pretrained(model: MultimodalLlama, directory: str | Path) -> None:
     _write_json(directory / "config.json", {"model_type": MODEL_TYPE, **dataclasses.asdict(config)})
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("lm.")}
     save_torch_state_dict(state, directory, filename_pattern="adapters{suffix}.safetensors")
+    if model.voice is not None:
+        save_voice(model.voice, directory / VOICE_FOLDER)
 
 
 def export_mllama(model: MultimodalLlama, directory: str | Path, layout: str) -> None:
@@ -129,6 +135,7 @@ def give(model: MultimodalLlama, part: str, preset: str) -> MultimodalLlama:
     for name, module in model.named_children():
         if name != "new_tokens":
             setattr(whole, name, module)
+    whole.voice = model.voice
     assert whole.new_tokens is not None  # every part has a token of its own
     table_VD, rows = whole.lm.embed_tokens.weight, whole.new_tokens.weight
     with torch.no_grad():
@@ -144,7 +151,7 @@ def give(model: MultimodalLlama, part: str, preset: str) -> MultimodalLlama:
 
 
 def debug_model(seed: int = 0) -> MultimodalLlama:
-    """A random model under 1M parameters with every part, for tests. Its gates are open, so that pictures and clips matter."""
+    """A random model under 1M parameters with every part and a voice, for tests. Its gates are open, so that media matter."""
     with torch.random.fork_rng(
         devices=[]
     ):  # vectors keep what their modules draw, which must not differ from call to call
@@ -157,6 +164,7 @@ def debug_model(seed: int = 0) -> MultimodalLlama:
                     parameter.fill_(0.5)
                 elif parameter.ndim > 1:
                     parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        model.voice = debug_voice(config.lm)
     return model
 
 
@@ -193,6 +201,8 @@ def _load_ours(directory: Path, dtype: torch.dtype) -> MultimodalLlama:
         )
     state |= {f"lm.{key}": tensor for key, tensor in model.lm.state_dict().items()}
     load_strict(model, state, str(directory))
+    if (directory / VOICE_FOLDER).is_dir():
+        model.voice = load_voice(directory / VOICE_FOLDER)
     return model
 
 

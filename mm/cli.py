@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +94,9 @@ TopP = Annotated[
     float | None, typer.Option(help="Draw from the likeliest tokens that together reach this probability.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Draws the same answer every time.")]
+VoiceOption = Annotated[
+    Path | None, typer.Option(help="Folder of `mm voice`, to speak with instead of the model's own voice.")
+]
 Stage = Annotated[str, typer.Argument(help="Such as `image-adapter`, `video` or `speech`; a wrong one lists them all.")]
 
 
@@ -108,17 +113,53 @@ def _load(source: str, dtype: Dtype = Dtype.FLOAT32, device: str = "cpu") -> Mul
     return model
 
 
-def _stream(model: MultimodalLlama, prompt: Any, **options: Any) -> str:
-    """Prints an answer as it is made, and returns it."""
-    from mm.generate import TextDelta
+def _stream(model: MultimodalLlama, prompt: Any, speak: Path | None = None, **options: Any) -> str:
+    """Prints an answer as it is made, has it spoken into a WAV file if one is given, and returns it."""
+    from mm.generate import AudioDelta, Done, TextDelta
+    from mm.speaking import voice_of
 
-    text = ""
-    for event in model.stream(prompt, **options):
-        if isinstance(event, TextDelta):
-            print(event.text, end="", flush=True)
-            text += event.text
+    text, skipped = "", ()
+    with _wav(speak, voice_of(model).sample_rate) if speak else nullcontext() as file:
+        for event in model.stream(prompt, speak=speak is not None, **options):
+            match event:
+                case TextDelta():
+                    print(event.text, end="", flush=True)
+                    text += event.text
+                case AudioDelta():
+                    file.write(event.audio)
+                case Done():
+                    skipped = event.generation.skipped
     print()
+    if speak:
+        _note_spoken(speak, skipped)
     return text
+
+
+def _wav(path: Path, sample_rate: int) -> Any:
+    """A WAV file that can be written piece by piece."""
+    import soundfile
+
+    return soundfile.SoundFile(path, "w", sample_rate, channels=1, subtype="PCM_16", format="WAV")
+
+
+def _note_spoken(path: Path, skipped: Iterable[str]) -> None:
+    notes = Console(stderr=True, style="dim", highlight=False, soft_wrap=True)
+    notes.print(f"wrote {path}", markup=False)
+    if skipped := list(skipped):
+        notes.print(f"skipped what cannot be said: {', '.join(map(repr, skipped))}", markup=False)
+
+
+def _check_wav(path: Path | None) -> None:
+    """Before anything slow begins."""
+    if path is not None and (path.suffix.lower() != ".wav" or not path.parent.is_dir()):
+        raise ValueError(f"{path} must be a .wav file in a folder that exists")
+
+
+def _give_voice(model: MultimodalLlama, voice: Path | None) -> None:
+    if voice is not None:
+        from mm.voice import load_voice
+
+        model.voice = load_voice(voice).to(model.device)
 
 
 def _check_stage(stage: str) -> None:
@@ -154,6 +195,8 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 weakens tokens that were there already.")] = 1.0,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; repeat it for several.")] = None,
+    speak: Annotated[Path | None, typer.Option(help="Also has the answer spoken into this .wav file.")] = None,
+    voice: VoiceOption = None,
     dtype: DtypeOption = Dtype.FLOAT32,
     device: Device = "cpu",
 ) -> None:
@@ -166,9 +209,13 @@ def generate(
     media = {kind: [_open_medium(kind, path) for path in paths] for kind, paths in given.items() if paths}
     if not prompt and not media:
         raise ValueError("prompt: give a prompt, an --image, a --video, an --audio, or several of these")
+    _check_wav(speak)
+    loaded = _load(model, dtype, device)
+    _give_voice(loaded, voice)
     _stream(
-        _load(model, dtype, device),
+        loaded,
         prompt or None,
+        speak,
         **media,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -179,6 +226,53 @@ def generate(
         seed=seed,
         stop=stop or (),
     )
+
+
+@app.command()
+def speak(
+    text: Annotated[str, typer.Argument(help="What to say.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .wav file.")] = Path("speech.wav"),
+    model: Model = "bundled",
+    voice: VoiceOption = None,
+    device: Device = "cpu",
+) -> None:
+    """Says a text.
+
+    Example: `mm speak "Dr. Smith lives at 12 Elm St." -o out.wav`
+    """
+    _check_wav(out)
+    loaded = _load(model, device=device)
+    _give_voice(loaded, voice)
+    from mm.speaking import speak_pieces, voice_of
+
+    stream = voice_of(loaded).stream()
+    with _wav(out, stream.voice.sample_rate) as file:
+        for waveform_N in speak_pieces(loaded, text, stream):
+            file.write(waveform_N.cpu().numpy())
+    _note_spoken(out, stream.skipped)
+
+
+@app.command()
+def voice(
+    normalizer: Annotated[Path, typer.Option(help="Export of tts-normalizer.")],
+    prosody: Annotated[Path, typer.Option(help="Export of tts-prosody.")],
+    acoustic: Annotated[Path, typer.Option(help="Export of tts-acoustic.")],
+    vocoder: Annotated[Path, typer.Option(help="Export of tts-vocoder.")],
+    out: Annotated[Path, typer.Option(help="Folder; as `voice` in a model's folder it is that model's.")],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the written weights.")] = Dtype.FLOAT32,
+) -> None:
+    """Puts the four trained parts of a voice together.
+
+    Example: `mm voice --normalizer runs/tts-normalizer/export --prosody runs/tts-prosody/export --acoustic
+    runs/tts-acoustic/export --vocoder runs/tts-vocoder/export --out runs/voice`
+    """
+    import torch
+
+    from mm.voice import assemble_voice, save_voice
+
+    exports = {"normalizer": normalizer, "prosody": prosody, "acoustic": acoustic, "vocoder": vocoder}
+    save_voice(assemble_voice(exports), out, getattr(torch, dtype))
+    print(f"wrote {out}")
 
 
 def _open_medium(kind: str, path: Path) -> Any:
@@ -202,8 +296,8 @@ class Conversation:
 
     HELP = "/image FILE, /video FILE and /audio FILE go with your next message, /reset starts anew, /quit ends"
 
-    def __init__(self, model: MultimodalLlama, sampling: dict[str, Any]) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(self, model: MultimodalLlama, sampling: dict[str, Any], speak: Path | None = None) -> None:
+        self.model, self.sampling, self.speak = model, sampling, speak
         self.messages: list[dict[str, Any]] = []
         self.media: list[dict[str, Any]] = []
 
@@ -229,7 +323,8 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         messages = [*self.messages, {"role": "user", "content": [*self.media, {"type": "text", "text": text}]}]
-        answer = _stream(self.model, messages, **self.sampling)
+        speak = self.speak / f"answer-{len(messages) // 2 + 1}.wav" if self.speak else None
+        answer = _stream(self.model, messages, speak, **self.sampling)
         # Only now, so that a message that could not be answered leaves nothing behind.
         self.messages, self.media = [*messages, {"role": "assistant", "content": answer}], []
 
@@ -241,6 +336,8 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = None,
     seed: Seed = None,
+    speak: Annotated[Path | None, typer.Option(help="Folder that gets every answer as a .wav file, too.")] = None,
+    voice: VoiceOption = None,
     dtype: DtypeOption = Dtype.FLOAT32,
     device: Device = "cpu",
 ) -> None:
@@ -251,7 +348,11 @@ def chat(
     Example: `mm chat --temperature 0.7`
     """
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    conversation = Conversation(_load(model, dtype, device), sampling)
+    if speak is not None:
+        speak.mkdir(parents=True, exist_ok=True)
+    loaded = _load(model, dtype, device)
+    _give_voice(loaded, voice)
+    conversation = Conversation(loaded, sampling, speak)
     print(Conversation.HELP)
     while True:
         try:
@@ -479,6 +580,30 @@ def writing(
     print(f"wrote {out}")
 
 
+@make_app.command("voice")
+def make_voice_shards(
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of utterances.")] = 1.0,
+    workers: Annotated[int, typer.Option(help="Processes that speak.")] = 2,
+) -> None:
+    """Has one voice say sentences, numbers and short answers, with the timing of every phone; some held out.
+
+    Example: `mm data make voice --out shards/voice --scale 0.01`
+    """
+    from functools import partial
+
+    from data.make.voice import make_voice
+    from mm.voice_data import FrontEnd
+    from speech.voice_features import VoiceFeaturesConfig, pitch
+
+    find_pitch = partial(pitch, config=VoiceFeaturesConfig())
+    manifest = make_voice(out, FrontEnd(), find_pitch, seed=seed, scale=scale, workers=workers)
+    for name, split in manifest["splits"].items():
+        print(f"{name}: {split['utterances']} utterances, {split['hours']:.2f} hours, {split['dropped']} dropped")
+    print(f"wrote {out}")
+
+
 @data_app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="Shards (folder or pattern), or a LLaVA .json or .jsonl.")],
@@ -582,6 +707,29 @@ def eval_speech(
     from mm.eval.speech import main
 
     main(model, shards, out, limit=limit, batch_size=batch_size)
+
+
+@eval_app.command("voice")
+def eval_voice(
+    shards: Annotated[Path, typer.Option(help="Folder of `mm data make voice`.")],
+    model: Model = "bundled",
+    voice: VoiceOption = None,
+    limit: Annotated[int, typer.Option(help="Held-out sentences.")] = 200,
+    recogniser: Annotated[
+        Path | None, typer.Option(help="Folder of a Whisper model for faster-whisper; tiny.en if left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results, a report, plots and samples.")] = Path("eval"),
+) -> None:
+    """Measures a voice: is it understood, like the voice it learnt from, and in time?
+
+    A recogniser that this package did not train hears held-out sentences; they are compared with the training voice's own
+    recordings; speed and latency are measured on one core, underruns while the language model decodes.
+
+    Example: `mm eval voice --shards shards/voice --limit 100 --out runs/eval-voice`
+    """
+    from mm.eval.voice import main
+
+    main(model, shards, out, voice=voice, limit=limit, recogniser=recogniser)
 
 
 @eval_app.command("normalizer")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lm.chat import chat_format
 from lm.checkpoint import load_llama
+from lm.features import LayerTap
 from lm.model import Adapters, KVCache, Llama, NewTokenRows, token_positions
 from lm.tokenizer import Tokenizer
 from mm.config import MultimodalConfig
@@ -27,6 +28,7 @@ from mm.processor import Batch, Processor
 from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
 from speech.streaming import below
+from speech.voice import Voice
 from video.adapter import VideoAdapter
 from video.clips import encode_frames
 from vision.adapter import CrossMemory, ImageAdapter, chain_adapters
@@ -34,6 +36,7 @@ from vision.encoder import ImageEncoder
 
 if TYPE_CHECKING:
     from mm.generate import Event, Generation
+    from mm.speaking import Speech
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ NO_MEDIA = Media()
 
 
 class MultimodalLlama(nn.Module):
-    """A Llama-family language model that can be asked about pictures and clips, and spoken to.
+    """A Llama-family language model that can be asked about pictures and clips, spoken to, and listened to.
 
     Args:
         config: the language model and the parts beside it.
@@ -74,6 +77,8 @@ class MultimodalLlama(nn.Module):
         self.speech_encoder = Conformer(config.speech.encoder) if config.speech else None
         self.speech_adapter = SpeechAdapter(config.speech.adapter) if config.speech else None
         self.video_adapter = VideoAdapter(config.video.adapter) if config.video else None
+        #: Speaks; no part of the module, so that stages neither train nor cast it.
+        self.voice: Voice | None = None
 
     @classmethod
     def from_pretrained(
@@ -261,6 +266,7 @@ class MultimodalLlama(nn.Module):
         valid_BS: Tensor | None = None,
         media: Media = NO_MEDIA,
         cache: KVCache | None = None,
+        tap: LayerTap | None = None,
     ) -> Tensor:
         """Decoder output `(B, T, D)` of tokens that may continue a cached beginning.
 
@@ -269,13 +275,17 @@ class MultimodalLlama(nn.Module):
             valid_BS: False where a row has padding, over cached and new tokens; None when there is none.
             media: pictures and clips that the tokens may look at, and the embeddings of the audio tokens among them.
             cache: earlier tokens; these are added.
+            tap: keeps what one of the layers puts out.
         """
         h_BTD = self.embed(ids_BT, media.speech_KD)
         past = cache.length if cache is not None else 0
         position_BT = token_positions(h_BTD, valid_BS, past)
         if valid_BS is not None:
             position_BT = torch.where(valid_BS[:, past:], position_BT, -1)  # padding sees nothing
-        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=self.adapters(media, position_BT))
+        adapters = self.adapters(media, position_BT)
+        if tap is not None:
+            adapters = tap.over(adapters)
+        return self.lm.hidden(h_BTD, valid_BS=valid_BS, cache=cache, adapters=adapters)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Normalised decoder output `(B, T, D)` of whole rows; `self.lm.logits` makes logits of it."""
@@ -296,3 +306,9 @@ class MultimodalLlama(nn.Module):
         from mm.generate import stream
 
         return stream(self, prompt, **kwargs)
+
+    def speak(self, text: str) -> Speech:
+        """Says a text; see `mm.speaking.speak`."""
+        from mm.speaking import speak
+
+        return speak(self, text)

@@ -27,8 +27,10 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"speech_adapter\.", "speech_adapter"),
     (r"new_tokens\.", "new_tokens"),
     (r"normalizer\.", "normalizer"),
+    (r"acoustic\.", "acoustic"),
+    (r"vocoder\.", "vocoder"),
     (r"lm\.", "lm"),
-    (r"(text_encoder|image_projection|logit_scale|heads|head)\b", "head"),
+    (r"(text_encoder|image_projection|logit_scale|heads|head|discriminators)\b", "head"),
 )
 
 
@@ -45,8 +47,9 @@ class LearningRates:
         stem: a hybrid encoder's convolutional backbone.
         adapter: projection and cross-attention blocks, the temporal aggregator, the speech adapter, and new tokens.
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
-        head: what pre-training needs and no later stage: text tower and projections, codebook heads, CTC heads.
+        head: what a stage needs and no later one: text tower and projections, codebook heads, CTC heads, discriminators.
         normalizer: all of the text normaliser.
+        voice: all of the acoustic model or the vocoder.
     """
 
     encoder: float = 0.0
@@ -55,6 +58,7 @@ class LearningRates:
     gates: float = 0.0
     head: float = 0.0
     normalizer: float = 0.0
+    voice: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -74,6 +78,8 @@ RATE_OF_PART = {
     "new_tokens": "adapter",
     "head": "head",
     "normalizer": "normalizer",
+    "acoustic": "voice",
+    "vocoder": "voice",
 }
 
 
@@ -85,15 +91,16 @@ class Stage:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
         loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
-            "token-ctc" on their tokens, "next-token" on supervised tokens, or "rules" of TN tokens.
+            "token-ctc" on their tokens, "next-token" on supervised tokens, "rules" of TN tokens, "mel" on the frames of phones, or
+            "waveform" on the samples of frames.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
 
     name: str
-    medium: Literal["image", "audio", "video", "text"]
+    medium: Literal["image", "audio", "video", "text", "voice"]
     trains: frozenset[str]
-    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token", "rules"]
+    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token", "rules", "mel", "waveform"]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
@@ -117,6 +124,8 @@ STAGES: dict[str, Stage] = {
         Stage(name="speech-align", medium="audio", trains=_EARS - {"new_tokens"} | {"head"}, loss="token-ctc"),
         Stage(name="speech", medium="audio", trains=_EARS, loss="next-token", masks_prompts=True),
         Stage(name="tts-normalizer", medium="text", trains=frozenset({"normalizer"}), loss="rules"),
+        Stage(name="tts-acoustic", medium="voice", trains=frozenset({"acoustic"}), loss="mel"),
+        Stage(name="tts-vocoder", medium="voice", trains=frozenset({"vocoder", "head"}), loss="waveform"),
     )
 }
 

@@ -6,7 +6,7 @@ Precedence: command line, then YAML, then the defaults here. An unknown key is a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,13 @@ from data.augment_audio import SpecAugmentConfig, WaveformAugmentation, augment_
 from mm.config import PART_OF_MEDIUM, SPEECH_PRESETS, VIDEO_PRESETS, from_mapping
 from mm.languages import find_language
 from mm.stages import STAGES, LearningRates, Stage
+from speech.acoustic import PRESETS as ACOUSTIC_PRESETS
 from speech.bestrq import BestRQConfig
 from speech.conformer import PRESETS as CONFORMER_PRESETS
 from speech.normalizer import NormalizerConfig
+from speech.prosody import PRESETS as PROSODY_PRESETS
+from speech.prosody import ProsodyConfig
+from speech.vocoder import PRESETS as VOCODER_PRESETS
 from vision.contrastive import TextTowerConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,11 +34,41 @@ TASKS = ("asr", "translation", "dialogue")
 
 
 @dataclass(frozen=True, kw_only=True)
+class VocodingConfig:
+    """How tts-vocoder learns.
+
+    Attributes:
+        frames: length of a crop.
+        crops: out of each utterance.
+        mels_from: an export of tts-acoustic, whose log-mel frames the vocoder is given; those of the recordings when None.
+        judged_from: step, counted from 0, from which on discriminators judge; never when None.
+        judged: frames at a crop's end that they hear.
+        channels: of the discriminators' first layers.
+        spectral, matching: weights of the distance of spectra, and of that of the discriminators' features.
+    """
+
+    frames: int = 64
+    crops: int = 4
+    mels_from: str | None = None
+    judged_from: int | None = None
+    judged: int = 32
+    channels: int = 32
+    spectral: float = 15.0
+    matching: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "crops", "judged", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"vocoding.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Where the model comes from. A key that the stage does not read is an error.
 
     Attributes:
-        init_from: a model to go on with, usually the `export` of an earlier stage; whatever `from_pretrained` takes.
+        init_from: a model to go on with, usually the `export` of an earlier stage; whatever `from_pretrained` takes. In
+            tts-acoustic and tts-vocoder an export of the same stage, instead of a name.
         swap_lm: language model that replaces its own (image-sft, video-sft).
         swap_image: a model whose image part replaces its own, such as an export of image-sft (video-sft).
         lm: language model to give eyes or ears, together with `image` or `speech`.
@@ -50,6 +84,9 @@ class ModelConfig:
         text: shape of the text tower of image-encoder.
         best_rq: masks and codebooks of speech-encoder.
         normalizer: shape of tts-normalizer's model, and the language model whose features it reads.
+        prosody: shape of tts-prosody's model, and the language model whose features it reads.
+        acoustic, vocoder: name of a shape (`speech.acoustic.PRESETS`, `speech.vocoder.PRESETS`).
+        vocoding: how tts-vocoder learns.
     """
 
     init_from: str | None = None
@@ -65,6 +102,10 @@ class ModelConfig:
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     best_rq: BestRQConfig = field(default_factory=BestRQConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
+    prosody: ProsodyConfig = field(default_factory=PROSODY_PRESETS["bundled"])
+    acoustic: str | None = None
+    vocoder: str | None = None
+    vocoding: VocodingConfig = field(default_factory=VocodingConfig)
 
     def given(self) -> set[str]:
         """Names of the keys that differ from their defaults."""
@@ -85,7 +126,7 @@ class SourceConfig:
         task: what is asked about recordings that come with a text and no conversation: "asr" and "translation" use the
             paper's prompts, "dialogue" takes the text for the reply. Needed where there are such recordings.
         language: of the text, by English name or code; the corpus's own when None.
-        features: folder that `python -m mm.train.lm_features` wrote for these texts (tts-normalizer).
+        features: folder that `python -m mm.train.lm_features` wrote for these texts (tts-normalizer, tts-prosody).
     """
 
     path: str
@@ -248,6 +289,15 @@ MODEL_KEYS = {
     ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
     ("next-token", "audio"): {"init_from", "lm", "speech", "encoder"},
     ("rules", "text"): {"normalizer"},
+    ("prosody", "voice"): {"prosody"},
+    ("mel", "voice"): {"init_from", "acoustic"},
+    ("waveform", "voice"): {"init_from", "vocoder", "vocoding"},
+}
+#: Losses that an encoder learns alone, and models of the voice that are told by the name of a shape.
+ENCODER_LOSSES = ("contrastive", "best-rq", "ctc")
+VOICE_PRESETS: dict[str, tuple[str, Collection[str]]] = {
+    "tts-acoustic": ("acoustic", ACOUSTIC_PRESETS),
+    "tts-vocoder": ("vocoder", VOCODER_PRESETS),
 }
 #: Keys of `data` that only stages of these media read.
 MEDIA_OF_DATA_KEY = {
@@ -298,11 +348,21 @@ class TrainConfig:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
         if self.stage_spec.loss in ("next-token", "token-ctc"):
             self._check_whole_model()
-        elif model.encoder is None and self.stage_spec.loss != "rules":
+        elif self.stage in VOICE_PRESETS:
+            self._check_voice_model()
+        elif model.encoder is None and self.stage_spec.loss in ENCODER_LOSSES:
             raise ValueError(f"model: stage {self.stage} trains an encoder alone; give its preset as model.encoder")
         elif self.stage_spec.loss == "best-rq" and model.encoder not in CONFORMER_PRESETS:
             presets = ", ".join(CONFORMER_PRESETS)
             raise ValueError(f"model.encoder: preset {model.encoder!r} is unknown; choose one of {presets}")
+
+    def _check_voice_model(self) -> None:
+        key, presets = VOICE_PRESETS[self.stage]
+        name = getattr(self.model, key)
+        if (name is None) == (self.model.init_from is None):
+            raise ValueError(f"model: give either {key}, the name of a new model's shape, or init_from")
+        if name not in (None, *presets):
+            raise ValueError(f"model.{key}: {name!r} is unknown; choose one of {', '.join(presets)}")
 
     def _check_whole_model(self) -> None:
         model, part = self.model, PART_OF_MEDIUM[self.medium]
@@ -326,7 +386,8 @@ class TrainConfig:
         sources = (*self.data.sources, *self.data.heldout)
         asks = self.hears and self.stage_spec.loss == "next-token"
         reads = {"image_folder": not self.hears, "format": self.hears, "task": asks, "language": asks}
-        reads["features"] = self.stage_spec.loss == "rules" and self.model.normalizer.lm is not None
+        lm = {"rules": self.model.normalizer.lm, "prosody": self.model.prosody.lm}.get(self.stage_spec.loss)
+        reads["features"] = lm is not None
         for source in sources:
             for key, is_read in reads.items():
                 if getattr(source, key) is not None and not is_read:

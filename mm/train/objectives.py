@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -26,10 +26,12 @@ from mm.train.encoders import load_encoder
 from mm.train.feature_cache import FeatureCache
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
+from mm.train.mel_prediction import MelPrediction
 from mm.train.normalizing import Normalizing
 from mm.train.reading import as_caption, last_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
+from mm.train.vocoding import Vocoding
 from vision.pretrained import init_stem
 
 #: Media that every sample must have in the stages that learn from them: what else it shows goes through frozen parts.
@@ -89,6 +91,14 @@ class Objective(Protocol):
         """Writes what the next stage starts from."""
 
 
+@runtime_checkable
+class Timed(Protocol):
+    """An objective whose loss depends on how far the run is."""
+
+    def begin(self, step: int) -> None:
+        """Told before each step which one it is, counted from 0."""
+
+
 def make_objective(config: TrainConfig) -> Objective:
     """Builds the stage's model, on the CPU and in FP32."""
     match config.stage_spec.loss:
@@ -104,6 +114,10 @@ def make_objective(config: TrainConfig) -> Objective:
             return NextToken(config)
         case "rules":
             return Normalizing(config)
+        case "mel":
+            return MelPrediction(config)
+        case "waveform":
+            return Vocoding(config)
 
 
 @dataclass(frozen=True)

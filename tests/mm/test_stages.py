@@ -8,16 +8,21 @@ from torch import nn
 
 from mm.checkpoint import debug_model
 from mm.stages import STAGES, LearningRates, apply, part_of
+from mm.train.discriminators import Discriminators
 from mm.train.loss import next_token_loss
+from speech.acoustic import PRESETS as ACOUSTICS
+from speech.acoustic import AcousticModel
 from speech.bestrq import BestRQ, BestRQConfig
 from speech.conformer import PRESETS as CONFORMERS
 from speech.conformer import Conformer
 from speech.ctc import CTCProbe, Letters, TokenCTC
 from speech.normalizer import NormalizerConfig, TextNormalizer
+from speech.vocoder import PRESETS as VOCODERS
+from speech.vocoder import Vocoder
 from vision.contrastive import ContrastiveModel, TextTowerConfig
 from vision.encoder import PRESETS, ImageEncoder
 
-RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3, normalizer=5e-3)
+RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3, normalizer=5e-3, voice=6e-3)
 TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
 
 #: Sections 7.4, 7.5.2 and 8.3: the language model never trains; encoders do but for video; adapters where text is the target.
@@ -33,6 +38,8 @@ MATRIX = {
     "speech-align": {"speech_encoder", "speech_adapter", "head"},
     "speech": {"speech_encoder", "speech_adapter", "new_tokens"},
     "tts-normalizer": {"normalizer"},
+    "tts-acoustic": {"acoustic"},
+    "tts-vocoder": {"vocoder", "head"},
 }
 
 
@@ -49,6 +56,11 @@ def model_of(stage: str) -> nn.Module:
         return TokenCTC(whole.speech_encoder, whole.speech_adapter, Letters(), whole.lm.embed_tokens.weight[:28])
     if stage == "tts-normalizer":
         return nn.ModuleDict({"normalizer": TextNormalizer(NormalizerConfig(dim=12, n_heads=2))})
+    if stage == "tts-acoustic":
+        return nn.ModuleDict({"acoustic": AcousticModel(ACOUSTICS["debug"]())})
+    if stage == "tts-vocoder":
+        parts = {"vocoder": Vocoder(VOCODERS["debug"]()), "discriminators": Discriminators(2)}
+        return nn.ModuleDict(parts | {"acoustic": AcousticModel(ACOUSTICS["debug"]())})
     return debug_model()
 
 
@@ -66,7 +78,7 @@ def test_exactly_the_papers_parts_train(stage: str) -> None:
 def test_applying_again_and_after_another_stage_gives_the_same(stage: str) -> None:
     fresh, used = model_of(stage), model_of(stage)
     apply(STAGES[stage], fresh, RATES)
-    apply(STAGES[stage], used, LearningRates(encoder=1.0, gates=1.0, normalizer=1.0))
+    apply(STAGES[stage], used, LearningRates(encoder=1.0, gates=1.0, normalizer=1.0, voice=1.0))
     apply(STAGES[stage], used, RATES)
     apply(STAGES[stage], used, RATES)
     for (name, a), b in zip(fresh.named_parameters(), used.parameters(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -43,3 +44,9 @@ def test_without_gruut_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "gruut.lang", None)
     with pytest.raises(ValueError, match="pip install gruut gruut-lang-en"):
         Phonemizer()
+
+
+def test_any_thread_may_ask(phonemizer: Phonemizer) -> None:
+    words = ["thread", "zorblax", "water"]
+    with ThreadPoolExecutor(1) as pool:
+        assert list(pool.map(phonemizer.pronounce, words)) == list(map(phonemizer.pronounce, words))

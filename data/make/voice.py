@@ -1,0 +1,461 @@
+"""`mm data make voice`: sentences, numbers and short answers in one synthesised voice, with the exact timing of every phone.
+
+Festival's HTS voice of SLT speaks at 32 kHz, under a licence like BSD's, so that what learns from it may be shipped. It is told
+how to pronounce every word, by the phones of the front end that the trained voice will have, and pauses at punctuation and
+nowhere else. So its segments are the front end's phones one to one; a sentence where they are not is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio.functional as AF
+from tqdm import tqdm
+
+from data.audio import encode_flac
+from data.make import sentences, writing
+from data.make.canvas import Source, Split
+from data.make.templates import items
+from data.make.written import SPACE, Draw, Material, Piece, plain, together
+from data.shards import write_shard
+from data.voice import VoicePhone
+
+N_SAMPLES = {"train": 3500, "heldout": 400}
+SHARD_SIZE = 250
+SAMPLE_RATE, HOP = 24_000, 240
+#: Frames of the pauses that an utterance begins and ends with.
+LEAD, TAIL = 10, 15
+MAX_WORDS = 25
+VOICE = "festival-slt-hts"
+SOURCES = (Source(package="festvox-us-slt-hts", licence="CMU and HTS (BSD-like)"), *sentences.SOURCES)
+
+
+class Item(NamedTuple):
+    """A word or a pause.
+
+    Attributes:
+        word: in lower case, or the name of a letter as a capital; empty for a pause.
+        mark: of a pause, its punctuation; empty for the one that an utterance begins with.
+        phones: IPA symbols and their stress; a pause has one.
+        end: characters of the written text up to the end of what it stands for.
+    """
+
+    word: str
+    mark: str
+    phones: tuple[tuple[str, int], ...]
+    end: int
+
+
+#: Written tokens and the names of their rules (`data.make.written`) to what is said.
+FrontEnd = Callable[[Sequence[tuple[str, str]]], list[Item]]
+#: A waveform at `SAMPLE_RATE` to the pitch of each frame in Hz, 0 where unvoiced.
+Pitch = Callable[[np.ndarray], np.ndarray]
+
+
+class Utterance(NamedTuple):
+    """What one sample says.
+
+    Attributes:
+        kind: of text.
+        text: as it is written.
+    """
+
+    kind: str
+    text: str
+    items: tuple[Item, ...]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+#: Short answers; the slots are those of `data.make.written.SLOTS`. They come in both splits, filled with other words.
+SHORT = tuple(
+    line.strip()
+    for line in """
+        {noun}
+        {noun}.
+        {nouns}.
+        {noun}!
+        {noun}?
+        A {noun}.
+        The {noun}.
+        The {noun}!
+        My {noun}?
+        Some {nouns}.
+        Two {nouns}.
+        A {noun} and a {noun}.
+        {name}.
+        {name}?
+        {name}!
+        Hello, {name}!
+        Thank you, {name}.
+        {city}.
+        {place}.
+        In {city}.
+        In {place}, I think.
+        From {city} to {city}.
+        {small}.
+        {count}.
+        {year}.
+        {money}.
+        {percent}.
+        {clock}.
+        {month_day}.
+        {weekday}.
+        {decimal}.
+        {rank}.
+        Yes.
+        No.
+        Yes!
+        No!
+        Yes, of course.
+        Yes, the {noun}.
+        No, the {noun}.
+        No, thank you.
+        Of course!
+        Sure.
+        Maybe.
+        Not really.
+        I think so.
+        I do not know.
+        That is right.
+        That is wrong.
+        Good morning!
+        Good night, {name}.
+        How are you?
+        I am fine, thanks.
+        What is it?
+        Is it a {noun}?
+        Who is {name}?
+        Where is {city}?
+        It is a {noun}.
+        It is {clock}.
+        It was {year}.
+        About {count}.
+        There are {small}.
+        There is one {noun}.
+        I see a {noun}.
+        I see {small} {nouns}.
+        I like {nouns}.
+        Well done!
+        What a {noun}!
+        Sorry, I cannot see that.
+        """.strip().splitlines()
+)
+#: Kind of text -> its share.
+KINDS = {"writing": 0.3, "prose": 0.35, "question": 0.1, "chat": 0.1, "short": 0.15}
+#: Share of plain sentences that are shouted.
+SHOUTED = 0.08
+
+
+def texts(seed: int, split: Split) -> Iterator[tuple[str, Piece]]:
+    """Kinds and texts with rules, no two alike, without an end."""
+    rng, seen = random.Random(f"{seed}/voice/{split}"), set[str]()
+    material = writing.read_material(split)
+    pools = {"prose": sentences.read_pools(split), "question": sentences.question_pools(split)}
+    turns = [turn for turns in sentences.exchanges() for turn in turns if sentences.split_of(turn) == split]
+    while True:
+        (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+        if kind == "writing":
+            piece = writing.sample(rng, split, material)[1]
+        elif kind == "short":
+            piece = _short(rng, split, material)
+        else:
+            (text,) = [rng.choice(turns)] if kind == "chat" else sentences.draw_sentences(rng, pools[kind], 1)
+            try:
+                piece = plain(_shouted(rng, " ".join(text.split())))
+            except ValueError:  # it has numbers or symbols, and nobody said how to read these
+                continue
+        written = "".join(text for text, _ in piece.tokens)
+        if written not in seen and 1 <= len(piece.spoken.split()) <= MAX_WORDS:
+            seen.add(written)
+            yield kind, piece
+
+
+def _short(rng: random.Random, split: Split, material: Material) -> Piece:
+    draw = Draw(rng=rng, split=split, material=material)
+    n = 1 if rng.random() < 0.8 else 2
+    pieces = [writing.fill(rng.choice(SHORT), draw) for _ in range(n)]
+    return pieces[0] if n == 1 else together(pieces[0], SPACE, pieces[1])
+
+
+def _shouted(rng: random.Random, text: str) -> str:
+    return text[:-1] + "!" if text.endswith(".") and rng.random() < SHOUTED else text
+
+
+def utterances(seed: int, split: Split, n: int, front_end: FrontEnd) -> list[Utterance]:
+    made = []
+    for kind, piece in texts(seed, split):
+        items = front_end(piece.tokens)
+        if any(item.word for item in items):
+            made.append(Utterance(kind, "".join(text for text, _ in piece.tokens), tuple(items)))
+        if len(made) == n:
+            break
+    return made
+
+
+# --- Festival ---------------------------------------------------------------------------------------------------------
+
+_IPA = "i ɪ ɛ æ ɑ ɔ ʊ u ʌ ə ɚ eɪ aɪ ɔɪ aʊ oʊ p b t d k ɡ t͡ʃ d͡ʒ f v θ ð s z ʃ ʒ h m n ŋ l ɹ w j |"  # noqa: RUF001
+_FESTIVAL = (
+    "iy ih eh ae aa ao uh uw ah ax er ey ay oy aw ow p b t d k g ch jh f v th dh s z sh zh hh m n ng l r w y pau"
+)
+_RADIO = dict(zip(items(_IPA), items(_FESTIVAL), strict=True))
+_VOWELS = set(items(_FESTIVAL)[:16])
+#: Words are said as told, by a lexicon of nothing else, and phrases end at punctuation.
+_PROGRAM = """
+(voice_cmu_us_slt_arctic_hts)
+(lex.create "front_end")
+(lex.set.phoneset "radio")
+(lex.select "front_end")
+(mapcar (lambda (mark) (lex.add.entry (list mark 'punc nil))) '("." "," ":" ";" "!" "?"))
+(define (token_to_words token name) (list name))
+(Parameter.set 'Phrase_Method 'cart_tree)
+(set! phrase_cart_tree
+  '((lisp_token_end_punc in ("?" "." ":" "!" ";")) ((BB)) ((lisp_token_end_punc in (",")) ((B)) ((n.name is 0) ((BB)) ((NB))))))
+(define (say name text)
+  (unwind-protect
+    (let ((said (utt.synth (eval (list 'Utterance 'Text text)))))
+      (utt.save.segs said (string-append name ".segs"))
+      (utt.save.wave said (string-append name ".wav") 'riff))
+    (print name)))
+"""
+
+
+def require_programs() -> None:
+    """
+    Raises:
+        ValueError: Festival or the voice is missing; names the command that installs them.
+    """
+    if shutil.which("festival") is None or not Path("/usr/share/festival/voices/us/cmu_us_slt_arctic_hts").is_dir():
+        raise ValueError("the voice is missing: run `apt-get install festival festvox-us-slt-hts`")
+
+
+def _name(word: str) -> str:
+    """How Festival calls a word; letters are no articles or pronouns."""
+    return f"letter{word.lower()}" if word[0].isupper() else word.strip("'")
+
+
+def _entry(item: Item) -> str:
+    """A word for Festival's lexicon: each consonant belongs to the vowel after it, the last ones to the last vowel."""
+    radio = [(_RADIO[ipa], stress) for ipa, stress in item.phones]
+    vowels = [i for i, (phone, _) in enumerate(radio) if phone in _VOWELS]
+    starts = [0, *(_onset(radio, before, after) for before, after in pairwise(vowels)), len(radio)]
+    syllables = (radio[start:end] for start, end in pairwise(starts))
+    spelt = " ".join(
+        f"(({' '.join(phone for phone, _ in syllable)}) {int(any(stress == 1 for _, stress in syllable))})"
+        for syllable in syllables
+    )
+    return f'(lex.add.entry \'("{_name(item.word)}" nil ({spelt})))'
+
+
+#: Pairs and triples of consonants that begin English words.
+_ONSETS = set(
+    items(
+        "p-l p-r b-l b-r t-r t-w d-r d-w k-l k-r k-w g-l g-r g-w f-l f-r th-r sh-r s-p s-t s-k s-m s-n s-l s-w "
+        "p-y b-y k-y g-y f-y v-y m-y n-y hh-y s-p-l s-p-r s-t-r s-k-r s-k-w s-k-y"
+    )
+)
+
+
+def _onset(radio: Sequence[tuple[str, int]], before: int, after: int) -> int:
+    """Where the syllable of vowel `after` begins: as many consonants as can begin a word, at most three."""
+    for start in range(max(before + 1, after - 3), after):
+        cluster = "-".join(phone for phone, _ in radio[start:after])
+        if cluster in _ONSETS or (after - start == 1 and cluster != "ng"):
+            return start
+    return after
+
+
+def _line(number: int, items: Sequence[Item]) -> str:
+    """The words with Festival's punctuation. It takes a full stop before a small letter for an abbreviation's."""
+    *inner, last = items
+    words = "".join(f" {_name(item.word)}" if item.word else _INNER.get(item.mark, item.mark) for item in inner)
+    return f'(say "{number}" "{words.strip()}{_LAST.get(last.mark, last.mark)}")'
+
+
+_INNER, _LAST = {".": ";", "-": ","}, {"-": "."}
+
+
+def speak(batch: Sequence[Utterance]) -> list[tuple[np.ndarray, list[tuple[str, float]]] | None]:
+    """Waveforms at `SAMPLE_RATE`, and their segments with where they end in seconds; None where Festival failed."""
+    words = {_name(item.word): item for utterance in batch for item in utterance.items if item.word}
+    lines = [_line(i, utterance.items) for i, utterance in enumerate(batch)]
+    with tempfile.TemporaryDirectory() as folder:
+        program = "\n".join([_PROGRAM, *map(_entry, words.values()), *lines])
+        subprocess.run(["festival", "--pipe"], input=program, text=True, check=True, capture_output=True, cwd=folder)
+        return [_read_said(Path(folder) / str(i)) for i in range(len(batch))]
+
+
+def _read_said(path: Path) -> tuple[np.ndarray, list[tuple[str, float]]] | None:
+    if not path.with_suffix(".wav").exists():
+        return None
+    waveform, rate = soundfile.read(path.with_suffix(".wav"), dtype="float32")
+    segments = re.findall(r"^\s*([\d.]+) \d+ (\S+)", path.with_suffix(".segs").read_text(), re.MULTILINE)
+    resampled = AF.resample(torch.from_numpy(waveform), rate, SAMPLE_RATE, lowpass_filter_width=32)
+    return resampled.numpy(), [(name, float(end)) for end, name in segments]
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def place(
+    items: Sequence[Item], waveform: np.ndarray, segments: Sequence[tuple[str, float]]
+) -> tuple[np.ndarray, list[VoicePhone]] | None:
+    """Phones with their frames, and the samples that they fill; None where the segments are not the phones.
+
+    The pauses at the ends become `LEAD` and `TAIL` frames, or are as long as they are if they are shorter.
+    """
+    phones = [(item, i, *phone) for item in items for i, phone in enumerate(item.phones)]
+    if [_RADIO[ipa] for _, _, ipa, _ in phones] != [name for name, _ in segments]:
+        return None
+    bounds = [0]
+    for _, end in segments:
+        bounds.append(max(bounds[-1] + 1, round(end * SAMPLE_RATE / HOP)))
+    bounds[0], bounds[-1] = max(0, bounds[1] - LEAD), min(bounds[-1], bounds[-2] + TAIL)
+    frames = [end - start for start, end in pairwise(bounds)]
+    placed = [
+        VoicePhone(ipa, stress, (i == 0) + 2 * (i == len(item.phones) - 1), item.mark, n, item.end)
+        for (item, i, ipa, stress), n in zip(phones, frames, strict=True)
+    ]
+    cut = waveform[bounds[0] * HOP : bounds[-1] * HOP]
+    return np.pad(cut, (0, sum(frames) * HOP - len(cut))), placed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Utterances `start`, `start + 1`, ... of a split, and the file that they fill."""
+
+    split: Split
+    start: int
+    utterances: Sequence[Utterance]
+    path: Path
+
+
+def make_voice(
+    out: str | Path, front_end: FrontEnd, pitch: Pitch, *, seed: int = 0, scale: float = 1.0, workers: int = 1
+) -> dict[str, Any]:
+    """Writes `train-voice-0000.tar`, ..., `heldout-voice-0000.tar`, ... and `manifest.json`.
+
+    The bytes depend on seed, scale and the installed packages. Finished shards are kept, so an interrupted run resumes.
+
+    Args:
+        out: folder; made if missing.
+        front_end, pitch: what the trained voice reads texts with, and what finds pitch.
+        scale: factor on the number of utterances.
+        workers: processes.
+
+    Returns:
+        The manifest: seed, scale, per split its utterances, those dropped, hours and shards, and sources with licences.
+
+    Raises:
+        ValueError: an argument is wrong, something must be installed, or `out` was made with another seed or scale.
+    """
+    if scale <= 0 or workers < 1:
+        raise ValueError(f"need scale > 0 and workers >= 1, got scale {scale} and workers {workers}")
+    require_programs()
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "manifest.json"
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"seed": seed, "scale": scale}
+    if (manifest["seed"], manifest["scale"]) != (seed, scale):
+        raise ValueError(
+            f"out: {out} holds a voice of seed {manifest['seed']} and scale {manifest['scale']}; "
+            "give the same ones or another folder"
+        )
+    manifest |= {"voice": VOICE, "sources": [asdict(source) for source in SOURCES]}
+    _write_json(path, manifest)  # before any shard, so that no later run mixes seeds or scales
+    shards = {split: plan(out, split, seed, scale, front_end) for split in get_args(Split)}
+    _write_shards([*shards["heldout"], *shards["train"]], pitch, workers)
+    manifest["splits"] = {split: _describe(some) for split, some in shards.items()}
+    _write_json(path, manifest)
+    return manifest
+
+
+def plan(out: Path, split: Split, seed: int, scale: float, front_end: FrontEnd) -> list[Shard]:
+    said = utterances(seed, split, max(1, round(N_SAMPLES[split] * scale)), front_end)
+    return [
+        Shard(
+            split=split,
+            start=start,
+            utterances=said[start : start + SHARD_SIZE],
+            path=out / f"{split}-voice-{start // SHARD_SIZE:04d}.tar",
+        )
+        for start in range(0, len(said), SHARD_SIZE)
+    ]
+
+
+def _write_shards(shards: Sequence[Shard], pitch: Pitch, workers: int) -> None:
+    missing = [shard for shard in shards if not shard.path.exists()]
+    # Spawned, because the caller may run threads of PyTorch; each worker has one, as there may be several.
+    with (
+        tqdm(total=sum(len(shard.utterances) for shard in missing), unit="utterance", desc="voice") as bar,
+        ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool,
+    ):
+        for count in pool.map(speak_shard, missing, [pitch] * len(missing)):  # an error cancels what has not begun
+            bar.update(count)
+
+
+def speak_shard(shard: Shard, pitch: Pitch) -> int:
+    """Speaks and writes one shard; returns how many utterances it was to hold."""
+    write_shard(shard.path, samples(shard, pitch))
+    return len(shard.utterances)
+
+
+def samples(shard: Shard, pitch: Pitch) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as WebDataset writes them, without those whose segments are not the phones."""
+    for i, (utterance, said) in enumerate(zip(shard.utterances, speak(shard.utterances), strict=True)):
+        placed = place(utterance.items, *said) if said is not None else None
+        if placed is None:
+            continue
+        waveform, phones = placed
+        yield {
+            "__key__": f"{shard.split}-{shard.start + i:06d}",
+            "flac": encode_flac(torch.from_numpy(waveform), SAMPLE_RATE),
+            "f0.npy": pitch(waveform).astype(np.float16),
+            "json": {
+                "text": utterance.text,
+                "spoken": " ".join(item.word for item in utterance.items if item.word).lower(),
+                "kind": utterance.kind,
+                "voice": VOICE,
+                "speaker": 0,
+                "phones": phones,
+            },
+        }
+
+
+def _describe(shards: Sequence[Shard]) -> dict[str, Any]:
+    from data.shards import ShardSource
+
+    source = ShardSource([shard.path for shard in shards], name=str(shards[0].path))
+    frames = sum(phone[4] for i in range(len(source)) for phone in source[i].metadata["phones"])
+    return {
+        "utterances": len(source),
+        "dropped": sum(len(shard.utterances) for shard in shards) - len(source),
+        "hours": round(frames * HOP / SAMPLE_RATE / 3600, 3),
+        "shards": [shard.path.name for shard in shards],
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """A reader sees the whole file or none, also after a crash."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(content, indent=2))
+    os.replace(unfinished, path)
