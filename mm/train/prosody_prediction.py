@@ -13,7 +13,7 @@ Shape letters: B rows, N phones, S language-model tokens, F their feature width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from speech.phone_batch import PhoneBatch, PhoneIds
 from speech.phone_prosody import phone_prosody
 from speech.prosody import ProsodyModel
 from speech.streaming import below
-from speech.voice_features import VoiceFeaturesConfig, log_power
+from speech.voice_features import VoiceFeaturesConfig
 
 
 @dataclass
@@ -74,35 +74,28 @@ class TimedReader:
 
     Attributes:
         folders: source name -> its language-model features; empty for a model that reads phones alone.
-        timed: what was read, so that no recording is decoded twice; each worker process has its own.
     """
 
-    features: VoiceFeaturesConfig
     folders: Mapping[str, FeatureFolder]
-    timed: dict[str, tuple[VoiceSample, Tensor, Tensor]] = field(default_factory=dict)
 
     def length(self, raw: RawSample) -> int:
         return len(raw.metadata["phones"])
 
     def prepare(self, raw: RawSample, *, augment: bool = False) -> Timed:
-        key = f"{raw.source}/{raw.key}"
-        if key not in self.timed:
-            self.timed[key] = self._listen(raw)
-        sample, prosody_N3, is_voiced_N = self.timed[key]
-        lm = self.folders[raw.source][raw.key] if self.folders else None
-        phones = phone_ids(sample, lm[1] if lm else ())
-        return Timed(phones, prosody_N3, is_voiced_N, sample.speaker, lm, key)
-
-    def _listen(self, raw: RawSample) -> tuple[VoiceSample, Tensor, Tensor]:
-        sample = read_voice(raw, sample_rate=self.features.sample_rate, hop=self.features.hop)
-        assert sample.waveform_N is not None
+        sample = read_voice(raw, waveform=False)
+        if sample.log_power_T is None:
+            raise ValueError(f"sample {raw.key!r} has no power.npy; make the voice again")
         frames_N = torch.tensor([phone.frames for phone in sample.phones])
-        loudness_T = log_power(sample.waveform_N[None], self.features)[0]
-        n_voiced_N = torch.stack([part.count_nonzero() for part in sample.f0_T.split(frames_N.tolist())])
-        sample = VoiceSample(
-            key=sample.key, text=sample.text, speaker=sample.speaker, phones=sample.phones, f0_T=sample.f0_T
+        is_voiced_N = torch.stack([f0_T.any() for f0_T in sample.f0_T.split(frames_N.tolist())])
+        lm = self.folders[raw.source][raw.key] if self.folders else None
+        return Timed(
+            phones=phone_ids(sample, lm[1] if lm else ()),
+            prosody_N3=phone_prosody(frames_N, sample.f0_T, sample.log_power_T),
+            is_voiced_N=is_voiced_N,
+            speaker=sample.speaker,
+            lm=lm,
+            key=f"{raw.source}/{raw.key}",
         )
-        return sample, phone_prosody(frames_N, sample.f0_T, loudness_T), n_voiced_N > 0
 
     def count(self, sample: Timed) -> int:
         return sample.prosody_N3.numel()
@@ -138,7 +131,7 @@ class ProsodyPrediction:
     def __init__(self, config: TrainConfig) -> None:
         self.prosody = ProsodyModel(config.model.prosody)
         self.model = nn.ModuleDict({"prosody": self.prosody})
-        self.reader = TimedReader(VoiceFeaturesConfig(), open_features(config.data, config.model.prosody.lm))
+        self.reader = TimedReader(open_features(config.data, config.model.prosody.lm))
 
     def loss(self, batch: TimedBatch) -> Tensor:
         told_BN3, losses = batch.prosody_BN3, []
@@ -155,7 +148,7 @@ class ProsodyPrediction:
     def audio_seconds(self, batch: TimedBatch) -> float:
         is_real_BN = below(batch.phones.n_phones_B, batch.prosody_BN3.shape[1])
         frames = float(batch.prosody_BN3[..., 0].exp()[is_real_BN].sum())
-        return frames * self.reader.features.hop / self.reader.features.sample_rate
+        return frames * VoiceFeaturesConfig().hop / VoiceFeaturesConfig().sample_rate
 
     def gauges(self) -> dict[str, float]:
         return {}
