@@ -49,7 +49,8 @@ class Sample:
         messages: `{"role": ..., "content": parts}` with parts `{"type": "text", "text": str}`,
             `{"type": "image", "image": bytes}`, `{"type": "audio", "audio": bytes, path or AudioClip}` or
             `{"type": "video", "video": bytes or path}`. A captioned picture or clip is a user who shows it and an
-            assistant who says the caption; so is speech with its transcript. Speech without one is the user alone.
+            assistant who says the caption; so is speech with its transcript. Speech without one is the user alone; arrays
+            alone are no message.
         metadata: the sample's JSON. Speech may have its `duration` in seconds, `language` and `speaker` there.
         caption: the sample's text file, or the transcript; None where there is none.
         arrays: what the sample's `.npy` files hold, by name: `f0` of `0007.f0.npy`.
@@ -160,12 +161,12 @@ class ShardSource:
                 if pattern.fullmatch(extension)
             ]
             caption = files["txt"].decode() if "txt" in files else None
-            messages = _messages(metadata, media, caption)
             arrays = {
                 extension.removesuffix(".npy"): np.load(io.BytesIO(content), allow_pickle=False)
                 for extension, content in files.items()
                 if extension.endswith(".npy")
             }
+            messages = _messages(metadata, media, caption) if media or not arrays else []
             return Sample(
                 key=key, source=self.name, messages=messages, metadata=metadata, caption=caption, arrays=arrays
             )

@@ -1,7 +1,7 @@
 """Voices to learn from: recordings with the timing of every phone, and their pitch.
 
-A sample of `mm data make voice` is `key.flac` (24 kHz), `key.f0.npy` (Hz of each frame, 0 where unvoiced) and `key.json`:
-`text` as it is written, `spoken` in words, `voice`, `speaker` (a number), and `phones`, each
+A sample of `mm data make voice` is `key.flac` (24 kHz), `key.f0.npy` (Hz of each frame, 0 where unvoiced), `key.power.npy`
+(natural logarithm of the root mean square around each frame) and `key.json`: `text` as it is written, `spoken` in words, `voice`, `speaker` (a number), and `phones`, each
 `[ipa, stress, place, mark, frames, end]`. Frames are 10 ms and fill the recording without a rest.
 """
 
@@ -43,6 +43,7 @@ class VoiceSample:
         key: its name.
         text: as it is written.
         f0_T: Hz of each frame, 0 where unvoiced.
+        log_power_T: natural logarithm of the root mean square around each frame; None where nobody measured it.
         waveform_N: samples in [-1, 1]; None where they were not asked for.
     """
 
@@ -51,6 +52,7 @@ class VoiceSample:
     speaker: int
     phones: tuple[VoicePhone, ...]
     f0_T: Tensor
+    log_power_T: Tensor | None
     waveform_N: Tensor | None = None
 
 
@@ -59,7 +61,7 @@ def read_voice(raw: Sample, *, sample_rate: int = 24_000, hop: int = 240, wavefo
 
     Args:
         hop: samples of a frame.
-        waveform: False leaves the recording closed, for models that learn from phones and pitch alone.
+        waveform: False leaves the recording closed, for models that learn from phones and their prosody alone.
 
     Raises:
         ValueError: a part is missing or does not fit the others, by the sample's name.
@@ -67,9 +69,11 @@ def read_voice(raw: Sample, *, sample_rate: int = 24_000, hop: int = 240, wavefo
     try:
         about: dict[str, Any] = raw.metadata
         phones = tuple(VoicePhone(*phone) for phone in about["phones"])
-        f0_T = torch.from_numpy(np.asarray(raw.arrays["f0"], dtype=np.float32))
+        f0_T = torch.from_numpy(raw.arrays["f0"].astype(np.float32))
+        power = raw.arrays.get("power")
+        log_power_T = None if power is None else torch.from_numpy(power.astype(np.float32))
         text, speaker = str(about["text"]), int(about["speaker"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"sample {raw.key!r} is none of `mm data make voice` ({error})") from error
     total = sum(phone.frames for phone in phones)
     if min((phone.frames for phone in phones), default=0) < 1 or total != len(f0_T):
@@ -77,4 +81,12 @@ def read_voice(raw: Sample, *, sample_rate: int = 24_000, hop: int = 240, wavefo
     recording = load_audio(raw.messages[0]["content"][0]["audio"], sample_rate) if waveform else None
     if recording is not None and len(recording) != total * hop:
         raise ValueError(f"sample {raw.key!r}: {total} frames of {hop} samples do not fill {len(recording)} samples")
-    return VoiceSample(key=raw.key, text=text, speaker=speaker, phones=phones, f0_T=f0_T, waveform_N=recording)
+    return VoiceSample(
+        key=raw.key,
+        text=text,
+        speaker=speaker,
+        phones=phones,
+        f0_T=f0_T,
+        log_power_T=log_power_T,
+        waveform_N=recording,
+    )

@@ -44,7 +44,7 @@ def from_pretrained(
     else:
         model = _load_path(hub.resolve(source), dtype)
     if model.voice is not None:
-        model.voice.to(device)  # which stays FP32
+        model.voice.to(device)  # which keeps its own types
     return model.to(device=device, dtype=dtype).eval()
 
 

@@ -27,6 +27,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"speech_adapter\.", "speech_adapter"),
     (r"new_tokens\.", "new_tokens"),
     (r"normalizer\.", "normalizer"),
+    (r"prosody\.", "prosody"),
     (r"acoustic\.", "acoustic"),
     (r"vocoder\.", "vocoder"),
     (r"lm\.", "lm"),
@@ -49,7 +50,7 @@ class LearningRates:
         gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
         head: what a stage needs and no later one: text tower and projections, codebook heads, CTC heads, discriminators.
         normalizer: all of the text normaliser.
-        voice: all of the acoustic model or the vocoder.
+        voice: all of the prosody model, the acoustic model or the vocoder.
     """
 
     encoder: float = 0.0
@@ -78,6 +79,7 @@ RATE_OF_PART = {
     "new_tokens": "adapter",
     "head": "head",
     "normalizer": "normalizer",
+    "prosody": "voice",
     "acoustic": "voice",
     "vocoder": "voice",
 }
@@ -91,8 +93,8 @@ class Stage:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
         loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
-            "token-ctc" on their tokens, "next-token" on supervised tokens, "rules" of TN tokens, "mel" on the frames of phones, or
-            "waveform" on the samples of frames.
+            "token-ctc" on their tokens, "next-token" on supervised tokens, "rules" of TN tokens, "prosody" of phones, "mel" on
+            their frames, or "waveform" on the samples of frames.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
@@ -100,7 +102,7 @@ class Stage:
     name: str
     medium: Literal["image", "audio", "video", "text", "voice"]
     trains: frozenset[str]
-    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token", "rules", "mel", "waveform"]
+    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token", "rules", "prosody", "mel", "waveform"]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
@@ -124,6 +126,7 @@ STAGES: dict[str, Stage] = {
         Stage(name="speech-align", medium="audio", trains=_EARS - {"new_tokens"} | {"head"}, loss="token-ctc"),
         Stage(name="speech", medium="audio", trains=_EARS, loss="next-token", masks_prompts=True),
         Stage(name="tts-normalizer", medium="text", trains=frozenset({"normalizer"}), loss="rules"),
+        Stage(name="tts-prosody", medium="voice", trains=frozenset({"prosody"}), loss="prosody"),
         Stage(name="tts-acoustic", medium="voice", trains=frozenset({"acoustic"}), loss="mel"),
         Stage(name="tts-vocoder", medium="voice", trains=frozenset({"vocoder", "head"}), loss="waveform"),
     )

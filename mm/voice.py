@@ -1,7 +1,7 @@
 """The voice on disk: the exports of its four stages, and the folder that they are put together in.
 
 An export is `config.json` and `{part}.safetensors`; a voice is `config.json` and `voice.safetensors`, in a folder of its own or
-in `voice/` beside a model's adapters. Weights may be BF16 on disk; a voice runs in FP32.
+in `voice/` beside a model's adapters. Weights may be BF16 on disk.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def debug_voice(lm: LlamaConfig) -> Voice:
 
 def _save(module: nn.Module, config: Any, directory: Path, name: str, dtype: torch.dtype = torch.float32) -> None:
     def stored(tensor: Tensor) -> Tensor:
-        return (tensor.to(dtype) if tensor.dtype == torch.float32 else tensor).contiguous()
+        return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
     directory.mkdir(parents=True, exist_ok=True)
     save_file({key: stored(tensor) for key, tensor in module.state_dict().items()}, directory / f"{name}.safetensors")

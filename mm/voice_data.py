@@ -1,8 +1,11 @@
-"""What a made voice says, phone by phone, as the voice itself will say it: the front end of `mm data make voice`."""
+"""What `mm data make voice` needs of the voice itself: what texts say, phone by phone, and what is measured of recordings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+import torch
 
 from data.make.voice import Item
 from speech.phone_batch import PhoneStream
@@ -10,6 +13,7 @@ from speech.phones import Phone, Phonemizer
 from speech.spoken_text import SpokenPart
 from speech.tn_rules import Rule, speak
 from speech.tn_tokens import split
+from speech.voice_features import VoiceFeaturesConfig, log_power, pitch
 
 
 class FrontEnd:
@@ -44,3 +48,13 @@ class FrontEnd:
             )
             for word in words
         ]
+
+
+def measure(waveform_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pitch and log power of each frame, as the voice is trained with.
+
+    Raises:
+        ValueError: what finds pitch is not installed.
+    """
+    config = VoiceFeaturesConfig()
+    return pitch(waveform_N, config), log_power(torch.from_numpy(waveform_N)[None], config)[0].numpy()

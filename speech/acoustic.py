@@ -230,7 +230,7 @@ class AcousticModel(nn.Module):
             *(x / 10 for x in (before_BT, after_BT)),
             *map(_near, (before_BT, after_BT)),
         ]
-        x_BTD = self.place_proj(torch.stack(place, dim=-1)) + take_phones(h_BND, phone_BT)
+        x_BTD = self.place_proj(torch.stack(place, dim=-1).to(h_BND.dtype)) + take_phones(h_BND, phone_BT)
         x_BTD, past_BLKD = self.frame_blocks(x_BTD, n_frames_B, state.frame_past_BLKD)
         y_BTX = self.head(x_BTD).float().masked_fill(~below(n_frames_B, length)[..., None], 0)
         mel_BTM, (f0_BT, voicing_BT) = y_BTX[..., :-2], y_BTX[..., -2:].unbind(-1)

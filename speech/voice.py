@@ -58,7 +58,9 @@ class Voice:
     """The trained parts in a row. It is no module: a model that has a voice neither trains nor casts it.
 
     Attributes:
-        parts: the modules "normalizer", "prosody", "acoustic" and "vocoder", in FP32.
+        parts: the modules "normalizer", "prosody", "acoustic" and "vocoder". All but the vocoder run in FP64: rules and durations
+            are whole numbers, and the phase is a sum over all pitch before, so what rounding differs by between large and
+            small chunks would tip over or add up.
     """
 
     def __init__(self, config: VoiceConfig) -> None:
@@ -68,9 +70,10 @@ class Voice:
                 "normalizer": TextNormalizer(config.normalizer),
                 "prosody": ProsodyModel(config.prosody),
                 "acoustic": AcousticModel(config.acoustic),
-                "vocoder": Vocoder(config.vocoder),
             }
-        ).eval()
+        ).double()
+        self.parts["vocoder"] = Vocoder(config.vocoder)
+        self.parts.eval()
 
     @property
     def sample_rate(self) -> int:
@@ -116,9 +119,9 @@ class VoiceStream:
             PhoneIds
         ] = []  # phones that wait for their prosody, and those that have it and wait for frames
         self._to_shape: list[PhoneIds] = []
-        self._prosody_N3 = torch.zeros(0, 3, device=self._device)
+        self._prosody_N3 = torch.zeros(0, 3, dtype=torch.float64, device=self._device)
         self._mel_TM = torch.zeros(0, voice.config.vocoder.features.n_mels, device=self._device)
-        self._f0_T = torch.zeros(0, device=self._device)
+        self._f0_T = torch.zeros(0, dtype=torch.float64, device=self._device)
 
     def push(self, text: str, features_F: Tensor | None = None) -> Iterator[Tensor]:
         """Takes more text and yields the waveforms `(N,)` that can be made now, each as soon as it is; exhaust it.
@@ -136,7 +139,7 @@ class VoiceStream:
                 f"features: this voice reads {f'those of {config.lm.source}' if config.lm else 'text alone'}"
             )
         if features_F is not None:
-            features_F = features_F.to(self._device, torch.float32)
+            features_F = features_F.to(self._device, torch.float64)
             self._features.append(features_F)
             self._n_features += 1
         yield from self._say(lambda: self._spoken.push(text, features_F if config.normalizer.lm else None))
@@ -184,8 +187,7 @@ class VoiceStream:
         phones, self._to_time = self._to_time[:n], self._to_time[n:]
         features_1SF = None
         if (lm := self.voice.config.prosody.lm) is not None:
-            features_1SF = torch.stack(self._features)[None] if self._features else torch.zeros(1, 0, lm.dim)
-            features_1SF = features_1SF.to(self._device)
+            features_1SF = torch.stack(self._features)[None] if self._features else torch.zeros(1, 0, lm.dim).to(self._device)
         self._features = []
         prosody_1N3, n_B, self._states[PROSODY] = self._prosody.step(
             self._batch(phones), features_1SF, self._states[PROSODY], final=final
@@ -206,7 +208,7 @@ class VoiceStream:
             self._states[ACOUSTIC],
             final=final,
         )
-        self._mel_TM = torch.cat([self._mel_TM, mel_1TM[0, : n_B[0]]])
+        self._mel_TM = torch.cat([self._mel_TM, mel_1TM[0, : n_B[0]].float()])
         self._f0_T = torch.cat([self._f0_T, log_f0_1T[0, : n_B[0]]])
         return int(n_B[0])
 

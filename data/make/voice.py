@@ -64,8 +64,8 @@ class Item(NamedTuple):
 
 #: Written tokens and the names of their rules (`data.make.written`) to what is said.
 FrontEnd = Callable[[Sequence[tuple[str, str]]], list[Item]]
-#: A waveform at `SAMPLE_RATE` to the pitch of each frame in Hz, 0 where unvoiced.
-Pitch = Callable[[np.ndarray], np.ndarray]
+#: A waveform at `SAMPLE_RATE` to the pitch of each frame in Hz, 0 where unvoiced, and the log power of each.
+Measure = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Utterance(NamedTuple):
@@ -348,7 +348,7 @@ class Shard:
 
 
 def make_voice(
-    out: str | Path, front_end: FrontEnd, pitch: Pitch, *, seed: int = 0, scale: float = 1.0, workers: int = 1
+    out: str | Path, front_end: FrontEnd, measure: Measure, *, seed: int = 0, scale: float = 1.0, workers: int = 1
 ) -> dict[str, Any]:
     """Writes `train-voice-0000.tar`, ..., `heldout-voice-0000.tar`, ... and `manifest.json`.
 
@@ -356,7 +356,7 @@ def make_voice(
 
     Args:
         out: folder; made if missing.
-        front_end, pitch: what the trained voice reads texts with, and what finds pitch.
+        front_end, measure: what the trained voice reads texts with, and what finds pitch and loudness.
         scale: factor on the number of utterances.
         workers: processes.
 
@@ -381,7 +381,7 @@ def make_voice(
     manifest |= {"voice": VOICE, "sources": [asdict(source) for source in SOURCES]}
     _write_json(path, manifest)  # before any shard, so that no later run mixes seeds or scales
     shards = {split: plan(out, split, seed, scale, front_end) for split in get_args(Split)}
-    _write_shards([*shards["heldout"], *shards["train"]], pitch, workers)
+    _write_shards([*shards["heldout"], *shards["train"]], measure, workers)
     manifest["splits"] = {split: _describe(some) for split, some in shards.items()}
     _write_json(path, manifest)
     return manifest
@@ -400,7 +400,7 @@ def plan(out: Path, split: Split, seed: int, scale: float, front_end: FrontEnd) 
     ]
 
 
-def _write_shards(shards: Sequence[Shard], pitch: Pitch, workers: int) -> None:
+def _write_shards(shards: Sequence[Shard], measure: Measure, workers: int) -> None:
     missing = [shard for shard in shards if not shard.path.exists()]
     # Spawned, because the caller may run threads of PyTorch; each worker has one, as there may be several.
     with (
@@ -409,27 +409,29 @@ def _write_shards(shards: Sequence[Shard], pitch: Pitch, workers: int) -> None:
             workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
         ) as pool,
     ):
-        for count in pool.map(speak_shard, missing, [pitch] * len(missing)):  # an error cancels what has not begun
+        for count in pool.map(speak_shard, missing, [measure] * len(missing)):  # an error cancels what has not begun
             bar.update(count)
 
 
-def speak_shard(shard: Shard, pitch: Pitch) -> int:
+def speak_shard(shard: Shard, measure: Measure) -> int:
     """Speaks and writes one shard; returns how many utterances it was to hold."""
-    write_shard(shard.path, samples(shard, pitch))
+    write_shard(shard.path, samples(shard, measure))
     return len(shard.utterances)
 
 
-def samples(shard: Shard, pitch: Pitch) -> Iterator[dict[str, Any]]:
+def samples(shard: Shard, measure: Measure) -> Iterator[dict[str, Any]]:
     """The samples of a shard as WebDataset writes them, without those whose segments are not the phones."""
     for i, (utterance, said) in enumerate(zip(shard.utterances, speak(shard.utterances), strict=True)):
         placed = place(utterance.items, *said) if said is not None else None
         if placed is None:
             continue
         waveform, phones = placed
+        f0_T, log_power_T = measure(waveform)
         yield {
             "__key__": f"{shard.split}-{shard.start + i:06d}",
             "flac": encode_flac(torch.from_numpy(waveform), SAMPLE_RATE),
-            "f0.npy": pitch(waveform).astype(np.float16),
+            "f0.npy": f0_T.astype(np.float16),
+            "power.npy": log_power_T.astype(np.float16),
             "json": {
                 "text": utterance.text,
                 "spoken": " ".join(item.word for item in utterance.items if item.word).lower(),

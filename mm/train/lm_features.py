@@ -25,7 +25,7 @@ from lm.chat import ChatFormat
 from lm.features import empty_prompt, features_layer, text_ends, text_features
 from lm.model import Llama
 from mm.model import MultimodalLlama
-from mm.train.config import DTYPES
+from mm.train.config import DTYPES, DataConfig
 from speech.normalizer import LMFeatures
 
 #: Features of one text `(S, F)`, and how many of its characters are known after each token.
@@ -79,6 +79,27 @@ class FeatureFolder:
         return torch.from_numpy(np.array(self._features[rows], dtype=np.float32)), self._ends[rows].tolist()
 
 
+def open_features(data: DataConfig, lm: LMFeatures | None) -> dict[str, FeatureFolder]:
+    """The features of every source of a run, by its name; none for a model that reads none.
+
+    Raises:
+        ValueError: a source has none, or those of another language model.
+    """
+    folders: dict[str, FeatureFolder] = {}
+    if lm is None:
+        return folders
+    for source in (*data.sources, *data.heldout):
+        if source.features is None:
+            raise ValueError(
+                f"features of {source.path}: the model reads those of {lm.source}; "
+                "write them with `python -m mm.train.lm_features`"
+            )
+        folder = folders[source.name] = FeatureFolder(source.features)
+        if folder.lm != lm:
+            raise ValueError(f"features of {source.path}: {source.features} holds {folder.lm}, the model reads {lm}")
+    return folders
+
+
 def write_features(writer: FeatureWriter, lm_source: str, source: str | Path, out: str | Path, batch_size: int) -> int:
     """Writes the features of all texts of a source; returns how many tokens they have.
 
@@ -118,14 +139,14 @@ def write_features(writer: FeatureWriter, lm_source: str, source: str | Path, ou
 
 
 def written_text(metadata: dict[str, object]) -> str:
-    """The text of a sample of `mm data make writing`, or of any with `written` in its JSON.
+    """The text of a sample of `mm data make writing` or `mm data make voice`: `written` or `text` in its JSON.
 
     Raises:
         ValueError: it has none.
     """
-    text = metadata.get("written")
+    text = metadata.get("written", metadata.get("text"))
     if not isinstance(text, str) or not text:
-        raise ValueError("the sample has no text under `written`")
+        raise ValueError("the sample has no text under `written` or `text`")
     return text
 
 
@@ -134,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--lm", required=True, help="language model: anything that `MultimodalLlama.from_pretrained` takes"
     )
-    parser.add_argument("--source", required=True, help="texts of `mm data make writing`")
+    parser.add_argument(
+        "--source", required=True, help="texts of `mm data make writing`, or shards of `mm data make voice`"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the features")
     parser.add_argument("--layer", type=int, help="how many layers run (default: half of them)")
     parser.add_argument("--batch-size", type=int, default=32)

@@ -57,7 +57,9 @@ def utterance_of(sample: VoiceSample, features: VoiceFeaturesConfig) -> Utteranc
     """The phones of a recording with their true prosody."""
     assert sample.waveform_N is not None
     frames_N = torch.tensor([phone.frames for phone in sample.phones])
-    loudness_T = log_power(sample.waveform_N[None], features)[0]
+    loudness_T = sample.log_power_T
+    if loudness_T is None:
+        loudness_T = log_power(sample.waveform_N[None], features)[0]
     return Utterance(
         phones=[PhoneIds.make(phone.ipa, phone.stress, phone.place, phone.mark, 0) for phone in sample.phones],
         prosody_N3=phone_prosody(frames_N, sample.f0_T, loudness_T),

@@ -18,7 +18,7 @@ from data.shards import Sample as RawSample
 from mm.normalizer import save_normalizer
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
-from mm.train.lm_features import FeatureFolder, TextFeatures, written_text
+from mm.train.lm_features import FeatureFolder, TextFeatures, open_features, written_text
 from mm.train.showing import share_right
 from speech.normalizer import RULES, TextNormalizer, TokenBatch, best_rules
 from speech.tn_rules import RULES_OF_KIND, Rule, speak, words_of
@@ -95,7 +95,9 @@ class Normalizing:
     def __init__(self, config: TrainConfig) -> None:
         self.normalizer = TextNormalizer(config.model.normalizer)
         self.model = nn.ModuleDict({"normalizer": self.normalizer})
-        self.reader = LabelledReader(config.model.normalizer.max_chars, _open_features(config))
+        self.reader = LabelledReader(
+            config.model.normalizer.max_chars, open_features(config.data, config.model.normalizer.lm)
+        )
 
     def loss(self, batch: LabelledTexts) -> Tensor:
         logits_BTR = self.normalizer(batch.tokens)
@@ -129,23 +131,3 @@ class Normalizing:
 
     def export(self, directory: Path) -> None:
         save_normalizer(self.normalizer, directory)
-
-
-def _open_features(config: TrainConfig) -> dict[str, FeatureFolder]:
-    """The features of every source, which must be those that the model is to read."""
-    lm = config.model.normalizer.lm
-    folders: dict[str, FeatureFolder] = {}
-    if lm is None:
-        return folders
-    for source in (*config.data.sources, *config.data.heldout):
-        if source.features is None:
-            raise ValueError(
-                f"features of {source.path}: the model reads those of {lm.source}; "
-                "write them with `python -m mm.train.lm_features`"
-            )
-        folder = folders[source.name] = FeatureFolder(source.features)
-        if folder.lm != lm:
-            raise ValueError(
-                f"features of {source.path}: {source.features} holds {folder.lm}, model.normalizer.lm is {lm}"
-            )
-    return folders

@@ -28,6 +28,7 @@ from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
 from mm.train.mel_prediction import MelPrediction
 from mm.train.normalizing import Normalizing
+from mm.train.prosody_prediction import ProsodyPrediction
 from mm.train.reading import as_caption, last_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
@@ -114,6 +115,8 @@ def make_objective(config: TrainConfig) -> Objective:
             return NextToken(config)
         case "rules":
             return Normalizing(config)
+        case "prosody":
+            return ProsodyPrediction(config)
         case "mel":
             return MelPrediction(config)
         case "waveform":

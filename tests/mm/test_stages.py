@@ -17,6 +17,8 @@ from speech.conformer import PRESETS as CONFORMERS
 from speech.conformer import Conformer
 from speech.ctc import CTCProbe, Letters, TokenCTC
 from speech.normalizer import NormalizerConfig, TextNormalizer
+from speech.prosody import PRESETS as PROSODIES
+from speech.prosody import ProsodyModel
 from speech.vocoder import PRESETS as VOCODERS
 from speech.vocoder import Vocoder
 from vision.contrastive import ContrastiveModel, TextTowerConfig
@@ -38,6 +40,7 @@ MATRIX = {
     "speech-align": {"speech_encoder", "speech_adapter", "head"},
     "speech": {"speech_encoder", "speech_adapter", "new_tokens"},
     "tts-normalizer": {"normalizer"},
+    "tts-prosody": {"prosody"},
     "tts-acoustic": {"acoustic"},
     "tts-vocoder": {"vocoder", "head"},
 }
@@ -56,6 +59,8 @@ def model_of(stage: str) -> nn.Module:
         return TokenCTC(whole.speech_encoder, whole.speech_adapter, Letters(), whole.lm.embed_tokens.weight[:28])
     if stage == "tts-normalizer":
         return nn.ModuleDict({"normalizer": TextNormalizer(NormalizerConfig(dim=12, n_heads=2))})
+    if stage == "tts-prosody":
+        return nn.ModuleDict({"prosody": ProsodyModel(PROSODIES["debug"]())})
     if stage == "tts-acoustic":
         return nn.ModuleDict({"acoustic": AcousticModel(ACOUSTICS["debug"]())})
     if stage == "tts-vocoder":
