@@ -1,8 +1,9 @@
-"""Voices to learn from: recordings with the timing of every phone, and their pitch.
+"""Voices to learn from: recordings with the timing of every phone, and their pitch and loudness.
 
 A sample of `mm data make voice` is `key.flac` (24 kHz), `key.f0.npy` (Hz of each frame, 0 where unvoiced), `key.power.npy`
-(natural logarithm of the root mean square around each frame) and `key.json`: `text` as it is written, `spoken` in words, `voice`, `speaker` (a number), and `phones`, each
-`[ipa, stress, place, mark, frames, end]`. Frames are 10 ms and fill the recording without a rest.
+(natural logarithm of the root mean square around each frame) and `key.json`: `text` as it is written, `spoken` in words, `voice`,
+`speaker` (a number), and `phones`, each `[ipa, stress, place, mark, frames, end]`. Frames are 10 ms and fill the recording
+without a rest.
 """
 
 from __future__ import annotations

@@ -232,13 +232,13 @@ class AcousticModel(nn.Module):
         ]
         x_BTD = self.place_proj(torch.stack(place, dim=-1).to(h_BND.dtype)) + take_phones(h_BND, phone_BT)
         x_BTD, past_BLKD = self.frame_blocks(x_BTD, n_frames_B, state.frame_past_BLKD)
-        y_BTX = self.head(x_BTD).float().masked_fill(~below(n_frames_B, length)[..., None], 0)
+        y_BTX = self.head(x_BTD).float()
         mel_BTM, (f0_BT, voicing_BT) = y_BTX[..., :-2], y_BTX[..., -2:].unbind(-1)
         is_real_BT = below(n_frames_B, length)
         frames = Frames(
             (MEL_MEAN + MEL_STD * mel_BTM).where(is_real_BT[..., None], 0),
             (log_f0_BN.gather(1, phone_BT) + PROSODY_STD[1] * f0_BT).where(is_real_BT, 0),
-            voicing_BT,
+            voicing_BT.where(is_real_BT, 0),
             n_frames_B,
         )
         return frames, dataclasses.replace(state, frame_past_BLKD=past_BLKD)

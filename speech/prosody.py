@@ -28,7 +28,7 @@ from speech.phone_batch import PhoneBatch, PhoneEmbedding
 from speech.streaming import StreamState, below, counts, take
 
 #: Bring log duration in frames, log pitch in Hz and log power of phones to about mean 0 and variance 1.
-PROSODY_MEAN, PROSODY_STD = (2.0, 5.2, -3.3), (0.5, 0.15, 1.2)
+PROSODY_MEAN, PROSODY_STD = (2.0, 5.17, -3.4), (0.45, 0.1, 1.2)
 #: Longest phone or pause, in frames.
 MAX_FRAMES = 200
 #: Phones after the current one whose features are read directly by a model with unlimited look-ahead.

@@ -70,7 +70,7 @@ def warped(mel_TM: Tensor, made_mel_UM: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Indices of the frames of each, `(P,)`, on the path from beginning to end whose cepstra differ least in sum.
     """
-    cost_TU = torch.cdist(mel_cepstra(mel_TM.double()), mel_cepstra(made_mel_UM.double())).numpy()
+    cost_TU = torch.cdist(mel_cepstra(mel_TM), mel_cepstra(made_mel_UM)).numpy()
     n, m = cost_TU.shape
     total = np.full((n + 1, m + 1), np.inf)
     total[0, 0] = 0

@@ -39,14 +39,15 @@ class Timed:
     """An utterance: its phones, whose chunks count language-model tokens, and their prosody.
 
     Attributes:
+        spoken: as it was read.
         is_voiced_N: whether any frame of a phone has a pitch.
         lm: features of the text, where the model reads any.
     """
 
+    spoken: VoiceSample
     phones: list[PhoneIds]
     prosody_N3: Tensor
     is_voiced_N: Tensor
-    speaker: int
     lm: TextFeatures | None
     key: str
 
@@ -89,10 +90,10 @@ class TimedReader:
         is_voiced_N = torch.stack([f0_T.any() for f0_T in sample.f0_T.split(frames_N.tolist())])
         lm = self.folders[raw.source][raw.key] if self.folders else None
         return Timed(
+            spoken=sample,
             phones=phone_ids(sample, lm[1] if lm else ()),
             prosody_N3=phone_prosody(frames_N, sample.f0_T, sample.log_power_T),
             is_voiced_N=is_voiced_N,
-            speaker=sample.speaker,
             lm=lm,
             key=f"{raw.source}/{raw.key}",
         )
@@ -103,7 +104,7 @@ class TimedReader:
     def collate(self, samples: Sequence[Timed]) -> TimedBatch:
         lm = [sample.lm[0] for sample in samples if sample.lm is not None]
         return TimedBatch(
-            PhoneBatch.collate([sample.phones for sample in samples], [sample.speaker for sample in samples]),
+            PhoneBatch.collate([sample.phones for sample in samples], [sample.spoken.speaker for sample in samples]),
             pad_sequence([sample.prosody_N3 for sample in samples], batch_first=True),
             pad_sequence(lm, batch_first=True) if lm else None,
             torch.tensor([len(features_SF) for features_SF in lm]) if lm else None,
