@@ -38,9 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
             "n_time_steps": 8,
         },
     },
-    "bundled": {  # 3.4M parameters: three blocks, which every fourth of seven image blocks would not give
+    "bundled": {  # 2.7M parameters: three blocks, which every fourth of seven image blocks would not give
         "every": 2,
-        "blocks": {"ffn_dim": 64},
+        "blocks": {"n_heads": 6, "ffn_dim": 64},
         "aggregator": {
             "width": 192, "n_layers": 2, "n_heads": 6, "head_dim": 32, "ffn_dim": 320, "max_tiles": 1,
         },
