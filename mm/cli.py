@@ -591,14 +591,10 @@ def make_voice_shards(
 
     Example: `mm data make voice --out shards/voice --scale 0.01`
     """
-    from functools import partial
-
     from data.make.voice import make_voice
-    from mm.voice_data import FrontEnd
-    from speech.voice_features import VoiceFeaturesConfig, pitch
+    from mm.voice_data import FrontEnd, measure
 
-    find_pitch = partial(pitch, config=VoiceFeaturesConfig())
-    manifest = make_voice(out, FrontEnd(), find_pitch, seed=seed, scale=scale, workers=workers)
+    manifest = make_voice(out, FrontEnd(), measure, seed=seed, scale=scale, workers=workers)
     for name, split in manifest["splits"].items():
         print(f"{name}: {split['utterances']} utterances, {split['hours']:.2f} hours, {split['dropped']} dropped")
     print(f"wrote {out}")
@@ -730,6 +726,23 @@ def eval_voice(
     from mm.eval.voice import main
 
     main(model, shards, out, voice=voice, limit=limit, recogniser=recogniser)
+
+
+@eval_app.command("prosody")
+def eval_prosody(
+    model: Annotated[list[Path], typer.Option(help="Export of tts-prosody; repeat it for several.")],
+    source: Annotated[str, typer.Option(help="Held-out shards of `mm data make voice` (folder or pattern).")],
+    limit: Annotated[int, typer.Option(help="Recordings.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Texts that are read together; changes the speed alone.")] = 32,
+    out: Annotated[Path, typer.Option(help="Folder for results, predictions and pictures.")] = Path("eval"),
+) -> None:
+    """Measures how near predicted durations, pitch and loudness are to those of held-out recordings.
+
+    Example: `mm eval prosody --model runs/tts-prosody/export --source "shards/voice/heldout-*.tar"`
+    """
+    from mm.eval.prosody import main
+
+    main(model, source, out, limit=limit, batch_size=batch_size)
 
 
 @eval_app.command("normalizer")
