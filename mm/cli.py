@@ -118,14 +118,15 @@ def _stream(model: MultimodalLlama, prompt: Any, speak: Path | None = None, **op
     from mm.generate import AudioDelta, Done, TextDelta
     from mm.speaking import voice_of
 
-    text, skipped = "", ()
-    with _wav(speak, voice_of(model).sample_rate) if speak else nullcontext() as file:
+    text, skipped, nothing = "", tuple[str, ...](), nullcontext[Any]()
+    with _wav(speak, voice_of(model).sample_rate) if speak else nothing as file:
         for event in model.stream(prompt, speak=speak is not None, **options):
             match event:
                 case TextDelta():
                     print(event.text, end="", flush=True)
                     text += event.text
                 case AudioDelta():
+                    assert file is not None
                     file.write(event.audio)
                 case Done():
                     skipped = event.generation.skipped
@@ -594,7 +595,27 @@ def make_voice_shards(
     from data.make.voice import make_voice
     from mm.voice_data import FrontEnd, measure
 
-    manifest = make_voice(out, FrontEnd(), measure, seed=seed, scale=scale, workers=workers)
+    _print_voice(make_voice(out, FrontEnd(), measure, seed=seed, scale=scale, workers=workers), out)
+
+
+@make_app.command("recorded-voice")
+def make_recorded_voice_shards(
+    corpus: Annotated[Path, typer.Option(help="Folder in the layout of LJSpeech or LibriTTS.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    limit: Annotated[int | None, typer.Option(help="Most recordings that are taken.", min=1)] = None,
+    workers: Annotated[int, typer.Option(help="Processes that align.")] = 2,
+) -> None:
+    """Finds the phones in recordings of people who read, and packs them as `mm data make voice` does; some held out.
+
+    Example: `mm data make recorded-voice --corpus LJSpeech-1.1 --out shards/ljspeech`
+    """
+    from data.make.recorded_voice import make_recorded_voice
+    from mm.voice_data import FrontEnd, measure
+
+    _print_voice(make_recorded_voice(corpus, out, FrontEnd(), measure, limit=limit, workers=workers), out)
+
+
+def _print_voice(manifest: dict[str, Any], out: Path) -> None:
     for name, split in manifest["splits"].items():
         print(f"{name}: {split['utterances']} utterances, {split['hours']:.2f} hours, {split['dropped']} dropped")
     print(f"wrote {out}")

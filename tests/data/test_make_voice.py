@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
-from data.make import sentences, voice, writing
+from data.make import recorded_voice, sentences, voice, writing
 from data.make.voice import LEAD, TAIL, Item
 from data.make.written import Material, plain
 from data.shards import open_source
@@ -35,20 +36,48 @@ def test_words_are_entries_of_a_lexicon() -> None:
 
 def test_phones_fill_the_recording() -> None:
     items = [BEGIN, HELLO, END]
-    segments = [("pau", 0.165), ("hh", 0.254), ("ax", 0.257), ("l", 0.335), ("ow", 0.43), ("pau", 0.7)]
+    ends = [0.165, 0.254, 0.257, 0.335, 0.43, 0.7]
     waveform = np.arange(0.7 * voice.SAMPLE_RATE, dtype=np.float32)
-    placed = voice.place(items, waveform, segments)
-    assert placed is not None
-    cut, phones = placed
+    cut, phones = voice.place(waveform, items, ends)
     assert [phone.frames for phone in phones] == [LEAD, 9, 1, 8, 9, TAIL]
     assert sum(phone.frames for phone in phones) * voice.HOP == len(cut)
     assert cut[0] == (16 - LEAD) * voice.HOP  # 0.165 s is 16 frames, as ties go to even numbers
     assert [phone.place for phone in phones] == [3, 1, 0, 0, 2, 3]
     assert [(phone.mark, phone.end) for phone in phones][-2:] == [("", 5), (".", 11)]
-    # A short recording is filled up, and other segments are none of these phones.
-    assert voice.place(items, waveform[:-10], segments)[0][-1] != 0  # type: ignore[index]
-    assert len(voice.place(items, waveform[:5000], segments)[0]) == len(cut)  # type: ignore[index]
-    assert voice.place(items, waveform, segments[:-1]) is None
+    assert len(voice.place(waveform[:5000], items, ends)[0]) == len(cut)  # a short recording is filled up
+
+
+def test_pauses_of_a_reader() -> None:
+    you = Item("you", "", (("j", 0), ("u", 1)), 9)
+    items = [BEGIN, HELLO, COMMA, you, HELLO, END]
+    # A mark without a pause, a pause without a mark, and a short silence.
+    found = [(None, [12]), (0, [5, 4, 3, 9]), (1, [6, 7]), (None, [20]), (2, [4, 4, 4, 4]), (None, [30])]
+    made, ends = recorded_voice.with_pauses(items, found)
+    assert [item.word or item.mark for item in made] == ["", "hello", ",", "you", ",", "hello", "."]
+    frames = np.diff(np.round(np.array([0, *ends]) * 100)).astype(int).tolist()
+    assert frames == [12, 5, 4, 3, 8, 1, 6, 7, 20, 4, 4, 4, 4, 30]
+    assert made[4].end == you.end
+    found[3] = (None, [4])
+    made, ends = recorded_voice.with_pauses(items, found)
+    frames = np.diff(np.round(np.array([0, *ends]) * 100)).astype(int).tolist()
+    assert frames == [12, 5, 4, 3, 8, 1, 6, 11, 4, 4, 4, 4, 30] and len(made) == 6
+
+
+def test_layouts_of_corpora(tmp_path: Path) -> None:
+    (tmp_path / "lj").mkdir()
+    (tmp_path / "lj" / "metadata.csv").write_text('LJ001-0001|Printed in 1455.|He said "no".\n')
+    (recording,) = recorded_voice.ljspeech(tmp_path / "lj")
+    assert recording == ("LJ001-0001", tmp_path / "lj" / "wavs" / "LJ001-0001.wav", 'He said "no".', "LJ")
+    (tmp_path / "lj" / "metadata.csv").write_text("LJ001-0001|one field short\n")
+    with pytest.raises(ValueError, match="line 1"):
+        recorded_voice.ljspeech(tmp_path / "lj")
+    chapter = tmp_path / "tts" / "84" / "121123"
+    chapter.mkdir(parents=True)
+    (chapter / "84_121123_000007_000001.normalized.txt").write_text("Yes.\n")
+    (recording,) = recorded_voice.libritts(tmp_path / "tts")
+    assert recording == ("84_121123_000007_000001", chapter / "84_121123_000007_000001.wav", "Yes.", "84")
+    with pytest.raises(ValueError, match="neither"):
+        recorded_voice.make_recorded_voice(tmp_path / "lj" / "no", tmp_path, list, measure, limit=None, workers=1)
 
 
 def test_the_front_end_says_what_the_voice_says() -> None:
@@ -116,4 +145,25 @@ def test_real_recordings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             assert sample.log_power_T[frames].mean() < -6
         start += phone.frames
     with pytest.raises(ValueError, match="seed 0"):
-        voice.make_voice(tmp_path, FrontEnd(), measure, seed=1)
+        voice.make_voice(tmp_path, FrontEnd(), measure, seed=1, scale=3 / voice.N_SAMPLES["train"])
+
+    # What an aligner finds in these recordings is near what the synthesiser says of them.
+    pytest.importorskip("pocketsphinx")
+    (tmp_path / "lj" / "wavs").mkdir(parents=True)
+    rows = []
+    for i in range(len(opened)):
+        made = read_voice(opened[i])
+        assert made.waveform_N is not None
+        soundfile.write(tmp_path / "lj" / "wavs" / f"LJ-{i}.wav", made.waveform_N.numpy(), voice.SAMPLE_RATE)
+        rows.append(f"LJ-{i}|{made.text}|{made.text}\n")
+    (tmp_path / "lj" / "metadata.csv").write_text("".join(rows))
+    out = tmp_path / "aligned"
+    recorded_voice.make_recorded_voice(tmp_path / "lj", out, FrontEnd(), measure, limit=None, workers=1)
+    aligned = open_source(out, name="aligned")
+    assert len(aligned) == 3
+    for i in range(3):
+        found, true = read_voice(aligned[i]), read_voice(opened[int(aligned[i].key[-1])])
+        assert [phone.ipa for phone in found.phones] == [phone.ipa for phone in true.phones]
+        bounds = [np.cumsum([phone.frames for phone in sample.phones]) for sample in (found, true)]
+        difference = bounds[0] - bounds[1]
+        assert np.median(np.abs(difference - np.median(difference))) <= 2
