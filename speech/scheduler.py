@@ -155,7 +155,3 @@ class Schedule:
 
     def scheduler(self) -> Scheduler:
         return Scheduler((self.prosody, self.acoustic, self.vocoder), self.growth)
-
-
-#: One call per stage, at the end: nothing streams.
-OFFLINE = Schedule(**{name: Chunks(first=10**9, largest=10**9) for name in ("prosody", "acoustic", "vocoder")})

@@ -16,7 +16,7 @@ from speech.normalizer import RULES, LMFeatures, NormalizerConfig
 from speech.phone_batch import PhoneBatch, PhoneIds, PhoneStream
 from speech.phones import Phonemizer
 from speech.prosody import durations
-from speech.scheduler import OFFLINE, Chunks, Schedule
+from speech.scheduler import Chunks, Schedule
 from speech.spoken_text import SpokenText
 from speech.tn_rules import Rule
 from speech.voice import Voice, VoiceConfig, VoiceStream
@@ -26,6 +26,8 @@ TEXT = "Dr. Ng paid $5.30 on 3/4, didn't she? Well: 12 eggs!"
 SMALL = Schedule(
     prosody=Chunks(first=1, largest=1), acoustic=Chunks(first=1, largest=1), vocoder=Chunks(first=1, largest=3)
 )
+WHOLE = Chunks(first=10**9, largest=10**9)
+OFFLINE = Schedule(prosody=WHOLE, acoustic=WHOLE, vocoder=WHOLE)
 ODD = Schedule(
     prosody=Chunks(first=2, largest=5),
     acoustic=Chunks(first=3, largest=7),
