@@ -8,10 +8,13 @@ without a rest.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
@@ -79,7 +82,7 @@ def read_voice(raw: Sample, *, sample_rate: int = 24_000, hop: int = 240, wavefo
     total = sum(phone.frames for phone in phones)
     if min((phone.frames for phone in phones), default=0) < 1 or total != len(f0_T):
         raise ValueError(f"sample {raw.key!r}: every phone needs a frame or more, and {len(f0_T)} in all, got {total}")
-    recording = load_audio(raw.messages[0]["content"][0]["audio"], sample_rate) if waveform else None
+    recording = _recording(raw.messages[0]["content"][0]["audio"], total * hop, sample_rate) if waveform else None
     if recording is not None and len(recording) != total * hop:
         raise ValueError(f"sample {raw.key!r}: {total} frames of {hop} samples do not fill {len(recording)} samples")
     return VoiceSample(
@@ -91,3 +94,12 @@ def read_voice(raw: Sample, *, sample_rate: int = 24_000, hop: int = 240, wavefo
         log_power_T=log_power_T,
         waveform_N=recording,
     )
+
+
+def _recording(source: Any, n_samples: int, sample_rate: int) -> Tensor:
+    """As `load_audio`; what `mm data make voice` writes takes a quarter of the time, and training would wait for it."""
+    if isinstance(source, bytes) and source.startswith(b"fLaC"):
+        with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(io.BytesIO(source)) as file:
+            if (file.frames, file.samplerate, file.channels) == (n_samples, sample_rate, 1):
+                return torch.from_numpy(file.read(dtype="float32"))
+    return load_audio(source, sample_rate)

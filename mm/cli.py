@@ -118,14 +118,15 @@ def _stream(model: MultimodalLlama, prompt: Any, speak: Path | None = None, **op
     from mm.generate import AudioDelta, Done, TextDelta
     from mm.speaking import voice_of
 
-    text, skipped = "", ()
-    with _wav(speak, voice_of(model).sample_rate) if speak else nullcontext() as file:
+    text, skipped, nothing = "", tuple[str, ...](), nullcontext[Any]()
+    with _wav(speak, voice_of(model).sample_rate) if speak else nothing as file:
         for event in model.stream(prompt, speak=speak is not None, **options):
             match event:
                 case TextDelta():
                     print(event.text, end="", flush=True)
                     text += event.text
                 case AudioDelta():
+                    assert file is not None
                     file.write(event.audio)
                 case Done():
                     skipped = event.generation.skipped
@@ -591,14 +592,30 @@ def make_voice_shards(
 
     Example: `mm data make voice --out shards/voice --scale 0.01`
     """
-    from functools import partial
-
     from data.make.voice import make_voice
-    from mm.voice_data import FrontEnd
-    from speech.voice_features import VoiceFeaturesConfig, pitch
+    from mm.voice_data import FrontEnd, measure
 
-    find_pitch = partial(pitch, config=VoiceFeaturesConfig())
-    manifest = make_voice(out, FrontEnd(), find_pitch, seed=seed, scale=scale, workers=workers)
+    _print_voice(make_voice(out, FrontEnd(), measure, seed=seed, scale=scale, workers=workers), out)
+
+
+@make_app.command("recorded-voice")
+def make_recorded_voice_shards(
+    corpus: Annotated[Path, typer.Option(help="Folder in the layout of LJSpeech or LibriTTS.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
+    limit: Annotated[int | None, typer.Option(help="Most recordings that are taken.", min=1)] = None,
+    workers: Annotated[int, typer.Option(help="Processes that align.")] = 2,
+) -> None:
+    """Finds the phones in recordings of people who read, and packs them as `mm data make voice` does; some held out.
+
+    Example: `mm data make recorded-voice --corpus LJSpeech-1.1 --out shards/ljspeech`
+    """
+    from data.make.recorded_voice import make_recorded_voice
+    from mm.voice_data import FrontEnd, measure
+
+    _print_voice(make_recorded_voice(corpus, out, FrontEnd(), measure, limit=limit, workers=workers), out)
+
+
+def _print_voice(manifest: dict[str, Any], out: Path) -> None:
     for name, split in manifest["splits"].items():
         print(f"{name}: {split['utterances']} utterances, {split['hours']:.2f} hours, {split['dropped']} dropped")
     print(f"wrote {out}")
@@ -730,6 +747,23 @@ def eval_voice(
     from mm.eval.voice import main
 
     main(model, shards, out, voice=voice, limit=limit, recogniser=recogniser)
+
+
+@eval_app.command("prosody")
+def eval_prosody(
+    model: Annotated[list[Path], typer.Option(help="Export of tts-prosody; repeat it for several.")],
+    source: Annotated[str, typer.Option(help="Held-out shards of `mm data make voice` (folder or pattern).")],
+    limit: Annotated[int, typer.Option(help="Recordings.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Texts that are read together; changes the speed alone.")] = 32,
+    out: Annotated[Path, typer.Option(help="Folder for results, predictions and pictures.")] = Path("eval"),
+) -> None:
+    """Measures how near predicted durations, pitch and loudness are to those of held-out recordings.
+
+    Example: `mm eval prosody --model runs/tts-prosody/export --source "shards/voice/heldout-*.tar"`
+    """
+    from mm.eval.prosody import main
+
+    main(model, source, out, limit=limit, batch_size=batch_size)
 
 
 @eval_app.command("normalizer")

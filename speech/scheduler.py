@@ -1,28 +1,30 @@
 """What each stage of a streaming voice may do next: a state machine without tensors, threads or clocks.
 
 Stages stand in a row; each takes units of its own kind (phones, frames) and hands what it makes to the next one. A stage runs when
-as many units wait for it as its chunk has, or when no more will come. Chunks are small at the beginning, so that audio comes
-early, and grow, so that later calls cost less. The last stage that can run goes first: what is nearly audio becomes audio.
+as many units wait for it as its chunk has, or when no more will come, and takes what is there. Chunks are small at the beginning,
+so that audio comes early, and grow, so that later calls cost less. The last stage that can run goes first: what is nearly audio
+becomes audio.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """How many units a stage takes in a call.
+    """How many units a stage waits for, and how many it takes in a call.
 
     Attributes:
-        first: of its first call.
+        first: what it waits for at first; later ever more, up to `largest`.
         largest: of any call; also how long a cancelled voice may go on, and how much a pause of the writer holds back.
+        lookahead: units that its first call has on top, which keeps as many back.
     """
 
     first: int
     largest: int
+    lookahead: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.first <= self.largest:
@@ -42,6 +44,7 @@ class Work:
 class _Stage:
     largest: int
     chunk: int  # of the next call
+    lookahead: int
     waiting: int = 0
     n_taken: int = 0
     ended: bool = False  # no more units will come
@@ -62,7 +65,7 @@ class Scheduler:
     def __init__(self, stages: Sequence[Chunks], growth: float = 2.0) -> None:
         if not stages or growth < 1:
             raise ValueError(f"scheduler: need at least one stage and a growth of 1 or more, got {stages} and {growth}")
-        self._stages = [_Stage(chunks.largest, chunks.first) for chunks in stages]
+        self._stages = [_Stage(chunks.largest, chunks.first, chunks.lookahead) for chunks in stages]
         self._growth = growth
         self._work: Work | None = None
         self._cancelled = False
@@ -93,9 +96,10 @@ class Scheduler:
         self._skip_silent()
         for i in reversed(range(len(self._stages))):
             stage = self._stages[i]
-            if stage.finished or (stage.waiting < stage.chunk and not stage.ended):
+            more = 0 if stage.n_taken else stage.lookahead
+            if stage.finished or (stage.waiting < stage.chunk + more and not stage.ended):
                 continue
-            n = min(stage.waiting, stage.chunk)
+            n = min(stage.waiting, stage.largest + more)
             self._work = Work(i, n, final=stage.ended and n == stage.waiting)
             return self._work
         return None
@@ -132,14 +136,22 @@ class Schedule:
         vocoder: in frames.
     """
 
-    prosody: Chunks = dataclasses.field(default_factory=lambda: Chunks(first=1, largest=8))
-    acoustic: Chunks = dataclasses.field(default_factory=lambda: Chunks(first=1, largest=16))
-    vocoder: Chunks = dataclasses.field(default_factory=lambda: Chunks(first=8, largest=64))
+    prosody: Chunks
+    acoustic: Chunks
+    vocoder: Chunks
     growth: float = 2.0
+
+    @classmethod
+    def after(cls, prosody: int, acoustic: int, vocoder: int) -> Schedule:
+        """The usual one, for models that keep so many units back.
+
+        The first audio is at least 160 ms, time enough for the calls after it.
+        """
+        return cls(
+            prosody=Chunks(first=3, largest=8, lookahead=prosody + acoustic),
+            acoustic=Chunks(first=3, largest=16, lookahead=acoustic),
+            vocoder=Chunks(first=16, largest=64, lookahead=vocoder),
+        )
 
     def scheduler(self) -> Scheduler:
         return Scheduler((self.prosody, self.acoustic, self.vocoder), self.growth)
-
-
-#: One call per stage, at the end: nothing streams.
-OFFLINE = Schedule(**{name: Chunks(first=10**9, largest=10**9) for name in ("prosody", "acoustic", "vocoder")})

@@ -94,7 +94,10 @@ class Voice:
         Raises:
             ValueError: what pronounces words is not installed.
         """
-        return VoiceStream(self, speaker, style, schedule or Schedule())
+        if schedule is None:
+            config = self.config
+            schedule = Schedule.after(config.prosody.ahead + 1, config.acoustic.lookahead, config.vocoder.delay)
+        return VoiceStream(self, speaker, style, schedule)
 
 
 class VoiceStream:
@@ -187,7 +190,9 @@ class VoiceStream:
         phones, self._to_time = self._to_time[:n], self._to_time[n:]
         features_1SF = None
         if (lm := self.voice.config.prosody.lm) is not None:
-            features_1SF = torch.stack(self._features)[None] if self._features else torch.zeros(1, 0, lm.dim).to(self._device)
+            features_1SF = (
+                torch.stack(self._features)[None] if self._features else torch.zeros(1, 0, lm.dim).to(self._device)
+            )
         self._features = []
         prosody_1N3, n_B, self._states[PROSODY] = self._prosody.step(
             self._batch(phones), features_1SF, self._states[PROSODY], final=final

@@ -14,9 +14,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +35,7 @@ from data.make import sentences, writing
 from data.make.canvas import Source, Split
 from data.make.templates import items
 from data.make.written import SPACE, Draw, Material, Piece, plain, together
-from data.shards import write_shard
+from data.shards import ShardSource, write_shard
 from data.voice import VoicePhone
 
 N_SAMPLES = {"train": 3500, "heldout": 400}
@@ -68,17 +70,30 @@ FrontEnd = Callable[[Sequence[tuple[str, str]]], list[Item]]
 Measure = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-class Utterance(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
     """What one sample says.
 
     Attributes:
         kind: of text.
         text: as it is written.
+        voice, speaker: who says it, by name and number.
+        recording: where it is said; None if that is to come.
     """
 
+    key: str
     kind: str
     text: str
     items: tuple[Item, ...]
+    voice: str = VOICE
+    speaker: int = 0
+    recording: Path | None = None
+
+
+#: An utterance as it was said: its waveform at `SAMPLE_RATE`, its items, and where each of their phones ends in seconds.
+Said = tuple[np.ndarray, Sequence[Item], Sequence[float]]
+#: Says utterances, in their order; None for those that cannot be used.
+Speak = Callable[[Sequence[Utterance]], Iterable[Said | None]]
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -199,11 +214,12 @@ def _shouted(rng: random.Random, text: str) -> str:
 
 
 def utterances(seed: int, split: Split, n: int, front_end: FrontEnd) -> list[Utterance]:
-    made = []
+    made = list[Utterance]()
     for kind, piece in texts(seed, split):
         items = front_end(piece.tokens)
         if any(item.word for item in items):
-            made.append(Utterance(kind, "".join(text for text, _ in piece.tokens), tuple(items)))
+            text = "".join(text for text, _ in piece.tokens)
+            made.append(Utterance(key=f"{split}-{len(made):06d}", kind=kind, text=text, items=tuple(items)))
         if len(made) == n:
             break
     return made
@@ -292,43 +308,42 @@ def _line(number: int, items: Sequence[Item]) -> str:
 _INNER, _LAST = {".": ";", "-": ","}, {"-": "."}
 
 
-def speak(batch: Sequence[Utterance]) -> list[tuple[np.ndarray, list[tuple[str, float]]] | None]:
-    """Waveforms at `SAMPLE_RATE`, and their segments with where they end in seconds; None where Festival failed."""
+def speak(batch: Sequence[Utterance]) -> Iterator[Said | None]:
+    """Has Festival say utterances; None where it failed, or where its segments are not the phones."""
     words = {_name(item.word): item for utterance in batch for item in utterance.items if item.word}
     lines = [_line(i, utterance.items) for i, utterance in enumerate(batch)]
     with tempfile.TemporaryDirectory() as folder:
         program = "\n".join([_PROGRAM, *map(_entry, words.values()), *lines])
         subprocess.run(["festival", "--pipe"], input=program, text=True, check=True, capture_output=True, cwd=folder)
-        return [_read_said(Path(folder) / str(i)) for i in range(len(batch))]
+        for i, utterance in enumerate(batch):
+            yield _read_said(Path(folder) / str(i), utterance.items)
 
 
-def _read_said(path: Path) -> tuple[np.ndarray, list[tuple[str, float]]] | None:
+def _read_said(path: Path, items: Sequence[Item]) -> Said | None:
     if not path.with_suffix(".wav").exists():
         return None
-    waveform, rate = soundfile.read(path.with_suffix(".wav"), dtype="float32")
     segments = re.findall(r"^\s*([\d.]+) \d+ (\S+)", path.with_suffix(".segs").read_text(), re.MULTILINE)
+    if [name for _, name in segments] != [_RADIO[ipa] for item in items for ipa, _ in item.phones]:
+        return None
+    waveform, rate = soundfile.read(path.with_suffix(".wav"), dtype="float32")
     resampled = AF.resample(torch.from_numpy(waveform), rate, SAMPLE_RATE, lowpass_filter_width=32)
-    return resampled.numpy(), [(name, float(end)) for end, name in segments]
+    return resampled.numpy(), items, [float(end) for end, _ in segments]
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def place(
-    items: Sequence[Item], waveform: np.ndarray, segments: Sequence[tuple[str, float]]
-) -> tuple[np.ndarray, list[VoicePhone]] | None:
-    """Phones with their frames, and the samples that they fill; None where the segments are not the phones.
+def place(waveform: np.ndarray, items: Sequence[Item], ends: Sequence[float]) -> tuple[np.ndarray, list[VoicePhone]]:
+    """Phones with their frames, and the samples that they fill.
 
     The pauses at the ends become `LEAD` and `TAIL` frames, or are as long as they are if they are shorter.
     """
-    phones = [(item, i, *phone) for item in items for i, phone in enumerate(item.phones)]
-    if [_RADIO[ipa] for _, _, ipa, _ in phones] != [name for name, _ in segments]:
-        return None
     bounds = [0]
-    for _, end in segments:
+    for end in ends:
         bounds.append(max(bounds[-1] + 1, round(end * SAMPLE_RATE / HOP)))
     bounds[0], bounds[-1] = max(0, bounds[1] - LEAD), min(bounds[-1], bounds[-2] + TAIL)
     frames = [end - start for start, end in pairwise(bounds)]
+    phones = [(item, i, *phone) for item in items for i, phone in enumerate(item.phones)]
     placed = [
         VoicePhone(ipa, stress, (i == 0) + 2 * (i == len(item.phones) - 1), item.mark, n, item.end)
         for (item, i, ipa, stress), n in zip(phones, frames, strict=True)
@@ -339,10 +354,8 @@ def place(
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Utterances `start`, `start + 1`, ... of a split, and the file that they fill."""
+    """Utterances, and the file that they fill."""
 
-    split: Split
-    start: int
     utterances: Sequence[Utterance]
     path: Path
 
@@ -358,7 +371,7 @@ def make_voice(
         out: folder; made if missing.
         front_end, measure: what the trained voice reads texts with, and what finds pitch and loudness.
         scale: factor on the number of utterances.
-        workers: processes.
+        workers: processes; 1 works in this one.
 
     Returns:
         The manifest: seed, scale, per split its utterances, those dropped, hours and shards, and sources with licences.
@@ -369,66 +382,88 @@ def make_voice(
     if scale <= 0 or workers < 1:
         raise ValueError(f"need scale > 0 and workers >= 1, got scale {scale} and workers {workers}")
     require_programs()
+    about = {"seed": seed, "scale": scale, "voice": VOICE, "sources": [asdict(source) for source in SOURCES]}
+    said = {
+        split: utterances(seed, split, max(1, round(N_SAMPLES[split] * scale)), front_end) for split in get_args(Split)
+    }
+    return write_voice(out, about, said, speak, measure, workers)
+
+
+def write_voice(
+    out: str | Path,
+    about: Mapping[str, Any],
+    said: Mapping[str, Sequence[Utterance]],
+    speak: Speak,
+    measure: Measure,
+    workers: int,
+) -> dict[str, Any]:
+    """Writes shards of utterances and the manifest.
+
+    Args:
+        about: what the bytes depend on, for the manifest.
+        said: split -> its utterances.
+
+    Returns:
+        The manifest: `about`, and per split its utterances, those dropped, hours and shards.
+
+    Raises:
+        ValueError: `out` was made of something else.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "manifest.json"
-    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"seed": seed, "scale": scale}
-    if (manifest["seed"], manifest["scale"]) != (seed, scale):
-        raise ValueError(
-            f"out: {out} holds a voice of seed {manifest['seed']} and scale {manifest['scale']}; "
-            "give the same ones or another folder"
-        )
-    manifest |= {"voice": VOICE, "sources": [asdict(source) for source in SOURCES]}
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(about)
+    if different := [key for key in about if manifest.get(key) != about[key]]:
+        key = different[0]
+        raise ValueError(f"out: {out} was made with {key} {manifest.get(key)}, not {about[key]}; give another folder")
     _write_json(path, manifest)  # before any shard, so that no later run mixes seeds or scales
-    shards = {split: plan(out, split, seed, scale, front_end) for split in get_args(Split)}
-    _write_shards([*shards["heldout"], *shards["train"]], measure, workers)
+    shards = {split: plan(out, split, some) for split, some in said.items()}
+    _write_shards([shard for some in shards.values() for shard in some], speak, measure, workers)
     manifest["splits"] = {split: _describe(some) for split, some in shards.items()}
     _write_json(path, manifest)
     return manifest
 
 
-def plan(out: Path, split: Split, seed: int, scale: float, front_end: FrontEnd) -> list[Shard]:
-    said = utterances(seed, split, max(1, round(N_SAMPLES[split] * scale)), front_end)
+def plan(out: Path, split: str, said: Sequence[Utterance]) -> list[Shard]:
     return [
-        Shard(
-            split=split,
-            start=start,
-            utterances=said[start : start + SHARD_SIZE],
-            path=out / f"{split}-voice-{start // SHARD_SIZE:04d}.tar",
-        )
+        Shard(utterances=said[start : start + SHARD_SIZE], path=out / f"{split}-voice-{start // SHARD_SIZE:04d}.tar")
         for start in range(0, len(said), SHARD_SIZE)
     ]
 
 
-def _write_shards(shards: Sequence[Shard], measure: Measure, workers: int) -> None:
+def _write_shards(shards: Sequence[Shard], speak: Speak, measure: Measure, workers: int) -> None:
     missing = [shard for shard in shards if not shard.path.exists()]
-    # Spawned, because the caller may run threads of PyTorch; each worker has one, as there may be several.
-    with (
-        tqdm(total=sum(len(shard.utterances) for shard in missing), unit="utterance", desc="voice") as bar,
-        ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
-    ):
-        for count in pool.map(speak_shard, missing, [measure] * len(missing)):  # an error cancels what has not begun
+    write = partial(write_voice_shard, speak=speak, measure=measure)
+    with ExitStack() as stack:
+        total = sum(len(shard.utterances) for shard in missing)
+        bar = stack.enter_context(tqdm(total=total, unit="utterance", desc="voice"))
+        if workers == 1 or len(missing) < 2:
+            for shard in missing:
+                bar.update(write(shard))
+            return
+        # Spawned, because the caller may run threads of PyTorch; each worker has one, as there are several.
+        pool = stack.enter_context(
+            ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+        )
+        for count in pool.map(write, missing):  # an error cancels what has not begun
             bar.update(count)
 
 
-def speak_shard(shard: Shard, measure: Measure) -> int:
-    """Speaks and writes one shard; returns how many utterances it was to hold."""
-    write_shard(shard.path, samples(shard, measure))
+def write_voice_shard(shard: Shard, speak: Speak, measure: Measure) -> int:
+    """Writes one shard; returns how many utterances it was to hold."""
+    write_shard(shard.path, samples(shard.utterances, speak, measure))
     return len(shard.utterances)
 
 
-def samples(shard: Shard, measure: Measure) -> Iterator[dict[str, Any]]:
-    """The samples of a shard as WebDataset writes them, without those whose segments are not the phones."""
-    for i, (utterance, said) in enumerate(zip(shard.utterances, speak(shard.utterances), strict=True)):
-        placed = place(utterance.items, *said) if said is not None else None
-        if placed is None:
+def samples(batch: Sequence[Utterance], speak: Speak, measure: Measure) -> Iterator[dict[str, Any]]:
+    """Utterances as WebDataset writes them, without those that cannot be used."""
+    for utterance, said in zip(batch, speak(batch), strict=True):
+        if said is None:
             continue
-        waveform, phones = placed
+        waveform, phones = place(*said)
         f0_T, log_power_T = measure(waveform)
         yield {
-            "__key__": f"{shard.split}-{shard.start + i:06d}",
+            "__key__": utterance.key,
             "flac": encode_flac(torch.from_numpy(waveform), SAMPLE_RATE),
             "f0.npy": f0_T.astype(np.float16),
             "power.npy": log_power_T.astype(np.float16),
@@ -436,16 +471,14 @@ def samples(shard: Shard, measure: Measure) -> Iterator[dict[str, Any]]:
                 "text": utterance.text,
                 "spoken": " ".join(item.word for item in utterance.items if item.word).lower(),
                 "kind": utterance.kind,
-                "voice": VOICE,
-                "speaker": 0,
+                "voice": utterance.voice,
+                "speaker": utterance.speaker,
                 "phones": phones,
             },
         }
 
 
 def _describe(shards: Sequence[Shard]) -> dict[str, Any]:
-    from data.shards import ShardSource
-
     source = ShardSource([shard.path for shard in shards], name=str(shards[0].path))
     frames = sum(phone[4] for i in range(len(source)) for phone in source[i].metadata["phones"])
     return {

@@ -108,7 +108,7 @@ def score(name: str, prosody: ProsodyModel, samples: Sequence[Timed], predicted:
 
 def table(results: Sequence[ProsodyResult]) -> Table:
     """For people: a line per model."""
-    caption = f"RMSE over the phones of {results[0].n} recordings, 95% intervals"
+    caption = f"RMSE over the phones of {results[0].n} recordings, with half of 95% intervals"
     view = Table(title="Prosody", caption=caption, box=SIMPLE, show_edge=False)
     for heading in ("features", "look-ahead"):
         view.add_column(heading)
@@ -116,6 +116,6 @@ def table(results: Sequence[ProsodyResult]) -> Table:
         view.add_column(heading, justify="right", no_wrap=True)
     for r in results:
         ahead = "unlimited" if r.lookahead is None else str(r.lookahead)
-        values = (f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in (r.rmse[name] for name in NAMES))
+        values = (f"{e.value:.3f} ± {(e.high - e.low) / 2:.3f}" for e in (r.rmse[name] for name in NAMES))
         view.add_row(r.features or "phones alone", ahead, *values)
     return view

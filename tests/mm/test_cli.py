@@ -62,7 +62,7 @@ def commands(group: Any, *path: str) -> list[tuple[str, ...]]:
 
 def test_every_command_is_explained_with_an_example_of_itself() -> None:
     paths = commands(get_command(app))
-    assert len(paths) == 18
+    assert len(paths) == 24
     for path in paths:
         text = mm(*path, "--help").output
         assert f"Example: mm {' '.join(path)}" in text, text
