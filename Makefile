@@ -29,7 +29,7 @@ clean:
 
 # A stamp is younger than pyproject.toml once its packages are installed, so a second call is quick.
 $(VENV)/demo.stamp: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/pip install --disable-pip-version-check --editable .
+	$(VENV)/bin/pip install --disable-pip-version-check --editable ".[voice]"
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python

@@ -171,14 +171,18 @@ def _check_stage(stage: str) -> None:
 
 
 @app.command()
-def demo(model: Model = "bundled") -> None:
-    """Answers questions about the pictures and recordings in examples/.
+def demo(
+    model: Model = "bundled",
+    out: Annotated[Path, typer.Option(help="A .wav file for a spoken answer.")] = Path("spoken-answer.wav"),
+) -> None:
+    """Answers questions about the pictures and recordings in examples/, and speaks.
 
     Example: `mm demo`
     """
+    _check_wav(out)
     from mm.demo import main
 
-    main(model)
+    main(model, out)
 
 
 @app.command()
@@ -397,7 +401,7 @@ def params(
     Example: `mm params llama3-405b --image paper --video paper --speech paper`
     """
     from lm.config import PRESETS
-    from mm.params import claims_table, count_parts, paper_claims, parts_table, preset_model
+    from mm.params import claims_table, count_parts, count_voice, paper_claims, parts_table, preset_model
 
     if source is None:
         view = claims_table(paper_claims())
@@ -411,7 +415,8 @@ def params(
             f"image, speech, video: go with a preset ({', '.join(PRESETS)}); a checkpoint has its own parts"
         )
     else:
-        view = parts_table(source, count_parts(_load(source)))
+        loaded = _load(source)
+        view = parts_table(source, count_parts(loaded) | count_voice(loaded))
     Console().print(view)
 
 

@@ -1,4 +1,4 @@
-"""`mm demo`: the bundled model answers questions about the pictures and recordings in examples/."""
+"""`mm demo`: the bundled model answers questions about the pictures and recordings in examples/, and speaks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import soundfile
 from rich.console import Console
 from rich.markup import escape
 
-from mm.generate import Done, TextDelta
+from mm.generate import Done, Generation, TextDelta
 from mm.model import MultimodalLlama
 from mm.params import count_parts
 
@@ -21,8 +22,10 @@ MEDIA = ("image", "audio")
 TEXT_QUESTION = "What is the capital of France?"
 
 
-def main(model: str = "bundled", examples: Path = EXAMPLES) -> None:
+def main(model: str, out: Path, examples: Path = EXAMPLES) -> None:
     """Loads a model, asks it every question of `examples/questions.json` and one without a medium, and prints all.
+
+    The answer to the last one is spoken into the file `out`.
 
     Raises:
         ValueError: the examples or the model are not there.
@@ -50,6 +53,14 @@ def main(model: str = "bundled", examples: Path = EXAMPLES) -> None:
             console.print(f"  this model has no part for {kind}", style="dim")
     console.print("\n[bold]text alone[/]")
     _ask(console, loaded, TEXT_QUESTION, {})
+    console.print("\n[bold]spoken[/]")
+    if loaded.voice is None:
+        console.print("  this model has no voice", style="dim")
+        return
+    answer = loaded.generate(TEXT_QUESTION, max_new_tokens=48, speak=True)
+    assert isinstance(answer, Generation) and answer.audio is not None and answer.sample_rate is not None
+    soundfile.write(out, answer.audio, answer.sample_rate)
+    console.print(f"  wrote {out}, {len(answer.audio) / answer.sample_rate:.1f} s", markup=False)
 
 
 def _ask(

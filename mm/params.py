@@ -53,6 +53,12 @@ def count_parts(model: nn.Module) -> dict[str, int]:
     return dict(counts)
 
 
+def count_voice(model: MultimodalLlama) -> dict[str, int]:
+    """Parameters of each part of the model's voice; nothing without one."""
+    parts = model.voice.parts.items() if model.voice else ()
+    return {f"voice: {name}": sum(p.numel() for p in part.parameters()) for name, part in parts}
+
+
 def preset_model(
     lm: str, image: str | None = None, speech: str | None = None, video: str | None = None
 ) -> MultimodalLlama:

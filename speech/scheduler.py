@@ -43,7 +43,7 @@ class Work:
 @dataclass
 class _Stage:
     largest: int
-    chunk: int  # of the next call
+    chunk: float  # of the next call
     lookahead: int
     waiting: int = 0
     n_taken: int = 0
@@ -62,7 +62,7 @@ class Scheduler:
         growth: a stage's chunk after each of its calls, as a multiple of the chunk before.
     """
 
-    def __init__(self, stages: Sequence[Chunks], growth: float = 2.0) -> None:
+    def __init__(self, stages: Sequence[Chunks], growth: float = 1.3) -> None:
         if not stages or growth < 1:
             raise ValueError(f"scheduler: need at least one stage and a growth of 1 or more, got {stages} and {growth}")
         self._stages = [_Stage(chunks.largest, chunks.first, chunks.lookahead) for chunks in stages]
@@ -111,7 +111,7 @@ class Scheduler:
         stage = self._stages[work.stage]
         stage.waiting -= work.n
         stage.n_taken += work.n
-        stage.chunk = min(stage.largest, int(stage.chunk * self._growth))
+        stage.chunk = min(stage.largest, stage.chunk * self._growth)
         stage.finished = work.final
         if work.stage + 1 < len(self._stages):
             after = self._stages[work.stage + 1]
@@ -139,18 +139,19 @@ class Schedule:
     prosody: Chunks
     acoustic: Chunks
     vocoder: Chunks
-    growth: float = 2.0
+    growth: float = 1.3
 
     @classmethod
     def after(cls, prosody: int, acoustic: int, vocoder: int) -> Schedule:
         """The usual one, for models that keep so many units back.
 
-        The first audio is at least 160 ms, time enough for the calls after it.
+        The first audio is at least 240 ms, time enough for a few more words to be written and said. Chunks grow slowly, as
+        nothing is gained by waiting before the audio is well ahead.
         """
         return cls(
-            prosody=Chunks(first=3, largest=8, lookahead=prosody + acoustic),
-            acoustic=Chunks(first=3, largest=16, lookahead=acoustic),
-            vocoder=Chunks(first=16, largest=64, lookahead=vocoder),
+            prosody=Chunks(first=4, largest=8, lookahead=prosody + acoustic),
+            acoustic=Chunks(first=4, largest=16, lookahead=acoustic),
+            vocoder=Chunks(first=24, largest=64, lookahead=vocoder),
         )
 
     def scheduler(self) -> Scheduler:

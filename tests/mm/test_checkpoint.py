@@ -293,6 +293,7 @@ def test_a_saved_model_comes_back_whole(saved):
     model, again = MultimodalLlama.from_pretrained("debug"), MultimodalLlama.from_pretrained(saved)
     assert sorted(path.name for path in saved.iterdir()) == [
         "adapters.safetensors", "config.json", "generation_config.json", "lm", "tokenizer.json", "tokenizer_config.json",
+        "voice",
     ]  # fmt: skip
     assert again.config == model.config and not again.training
     assert_same_state(again, model)

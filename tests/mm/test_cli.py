@@ -134,17 +134,19 @@ def test_chat_remembers_turns_and_pictures_until_reset(debug: MultimodalLlama) -
     assert "missing.png" in result.stderr and "/dance is no command" in result.stderr
 
 
-def test_demo_asks_every_example_and_one_question_without_a_medium() -> None:
-    text = mm("demo", "--model", "debug").stdout
+def test_demo_asks_every_example_and_one_question_without_a_medium(tmp_path: Path) -> None:
+    text = mm("demo", "--model", "debug", "--out", str(tmp_path / "a.wav")).stdout
     media = [file for suffix in ("png", "flac") for file in EXAMPLES.glob(f"*.{suffix}")]
     assert len(media) == 8 and all(f"examples/{file.name}" in text for file in media)
     assert text.count("right: ") == 18 and "What is the capital of France?" in text
+    assert (tmp_path / "a.wav").is_file()
 
 
 def test_demo_leaves_out_what_the_model_has_no_part_for(tmp_path: Path) -> None:
     compose("debug", image="debug").save_pretrained(tmp_path)
     text = mm("demo", "--model", str(tmp_path)).stdout
     assert text.count("right: ") == 16 and text.count("this model has no part for audio") == 2
+    assert "this model has no voice" in text
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

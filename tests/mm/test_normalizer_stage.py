@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused(data: dict[str, Any], shards: Path) -> Non
     bare = {"sources": [{"path": str(shards / "train-writing.jsonl")}]}
     refuse(data | {"data": bare}, "the model reads those of debug; write them with")
     other = data["model"]["normalizer"] | {"lm": lm() | {"layer": 1}}
-    refuse(data | {"model": {"normalizer": other}}, "model.normalizer.lm is")
+    refuse(data | {"model": {"normalizer": other}}, "the model reads LMFeatures")
     refuse(without_lm(data, 3) | {"data": data["data"]}, "features of .*: stage tts-normalizer does not read it")
     refuse(data | {"model": {"lm": "debug"}}, r"model\.lm: stage tts-normalizer does not read it")
     with pytest.raises(ValueError, match="no export of stage tts-normalizer"):
