@@ -47,7 +47,7 @@ def _group(help: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
 
 
 app = _group(
-    "Eyes and ears for Llama-family language models, trained stage by stage. Start with `mm demo`; "
+    "Eyes, ears and a voice for Llama-family language models, trained stage by stage. Start with `mm demo`; "
     "`mm COMMAND --help` explains a command with an example.",
     cls=PlainErrors,
 )

@@ -216,7 +216,7 @@ def playback(played: Sequence[Playback]) -> list[VoiceResult]:
         return []
     values = (
         ("underruns", "", float(sum(answer.underruns for answer in spoken))),
-        ("silence by underruns", "s", sum(answer.silence for answer in spoken)),
+        ("buffer that would avoid them", "s", max(answer.silence for answer in spoken)),
         ("first audio after first text, median", "ms", 1000 * float(np.median([a.first_audio for a in spoken]))),
     )
     return [VoiceResult(metric=metric, unit=unit, n=len(spoken), value=value) for metric, unit, value in values]
