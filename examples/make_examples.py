@@ -1,9 +1,9 @@
-"""Makes the pictures and recordings of this folder and their questions, the same bytes on every run with the same packages.
+"""Makes the pictures, clips and recordings of this folder and their questions, the same bytes on every run with the same packages.
 
     python examples/make_examples.py
 
 All are of the held-out split, from a seed that no training or evaluation set uses. What it needs is what
-`mm data make pictures` and `mm data make speech` need; an error names what is missing.
+`mm data make pictures`, `mm data make clips` and `mm data make speech` need; an error names what is missing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 
 from data.audio import encode_flac
 from data.make import acoustics, sentences, templates, voices
-from data.make.canvas import Kind, Picture
+from data.make.canvas import Drawn, Kind
 from data.make.charts import Charts
 from data.make.emoji import Emoji
+from data.make.events import Changes, Order
+from data.make.motions import Motions
 from data.make.shapes import Shapes
 from data.make.words import Words
 from mm.languages import asr_prompt
@@ -26,8 +28,8 @@ from mm.languages import asr_prompt
 FOLDER = Path(__file__).parent
 
 
-def draw(kind: Kind, variant: int, index: int = 0) -> Picture:
-    """A held-out picture; the variants below were chosen for their looks, not by what a model says of them."""
+def draw(kind: Kind, variant: int, index: int = 0) -> Drawn:
+    """A held-out picture or clip; the variants below were chosen for their looks, not by what a model says of them."""
     return kind.draw(random.Random(f"examples/{kind.name}/{variant}"), "heldout", index)
 
 
@@ -47,6 +49,17 @@ def write_pictures() -> list[dict[str, str]]:
     for name, picture in pictures.items():
         picture.image.save(FOLDER / name)
         questions += [{"image": name, "question": q.question, "answer": q.answer} for q in picture.questions]
+    return questions
+
+
+def write_clips() -> list[dict[str, str]]:
+    """Draws the clips; returns their questions."""
+    clips = {"motion.mp4": draw(Motions(), 0), "order.mp4": draw(Order(), 0), "change.mp4": draw(Changes(), 0)}
+    questions = []
+    for name, clip in clips.items():
+        _, content = clip.encode(random.Random(f"examples/{name}"))
+        (FOLDER / name).write_bytes(content)
+        questions += [{"video": name, "question": q.question, "answer": q.answer} for q in clip.questions]
     return questions
 
 
@@ -75,7 +88,7 @@ def write_recordings() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    questions = [*write_pictures(), *write_recordings()]
+    questions = [*write_pictures(), *write_clips(), *write_recordings()]
     (FOLDER / "questions.json").write_text(json.dumps(questions, indent=2) + "\n", encoding="utf-8")
 
 

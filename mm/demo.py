@@ -1,4 +1,4 @@
-"""`mm demo`: the bundled model answers questions about the pictures and recordings in examples/, and speaks."""
+"""`mm demo`: the bundled model answers questions about the pictures, clips and recordings in examples/, and speaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mm.params import count_parts
 #: Media and `questions.json`, in the repository beside the package.
 EXAMPLES = Path(__file__).parents[1] / "examples"
 #: Kinds of media, as `generate` names them.
-MEDIA = ("image", "audio")
+MEDIA = ("image", "video", "audio")
 TEXT_QUESTION = "What is the capital of France?"
 
 
