@@ -1,12 +1,14 @@
-"""How long 64 frames of a clip take, and how much memory, by the length of the clip.
+"""How long the frames of a clip take, and how much memory, by the length of the clip.
 
-    python examples/bench_frames.py
+    python examples/bench_frames.py                  # 64 frames of a file
+    python examples/bench_frames.py --model bundled  # an answer about a file, from the call to the eighth token
 
 Makes clips of a moving pattern, opens each in a process of its own, and prints a table in Markdown.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import resource
@@ -59,18 +61,47 @@ def measure(path: str) -> None:
     print(json.dumps([n_frames, n_all, decoded[0], seconds, everything, megabytes]))
 
 
+def measure_answer(path: str, source: str) -> None:
+    """Prints the frames that a model takes, the seconds until they are there and until it has answered, and MB added, as JSON."""
+    from mm import MultimodalLlama
+
+    model = MultimodalLlama.from_pretrained(source)
+    if model.config.video is None:
+        raise SystemExit(f"model: {source} has no video part")
+    model.generate("What happens?", max_new_tokens=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    n_frames = len(load_frames(path, model.config.video.max_frames))
+    decoding = time.perf_counter() - started
+    started = time.perf_counter()
+    model.generate("What happens?", video=path, max_new_tokens=8)
+    answering = time.perf_counter() - started
+    megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps([n_frames, decoding, answering, before / 1024, megabytes]))
+
+
 def main() -> None:
-    print("| clip | frames | taken | decoded | seconds | seconds to decode all | MB added |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="whatever MultimodalLlama.from_pretrained takes; decoding alone if left out")
+    parser.add_argument("--clip", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.clip:
+        measure_answer(arguments.clip, arguments.model) if arguments.model else measure(arguments.clip)
+        return
+    answered = ["taken", "seconds to decode", "seconds to answer", "MB of the model", "MB added"]
+    decoded = ["taken", "frames", "decoded", "seconds", "seconds to decode all", "MB added"]
+    columns = answered if arguments.model else decoded
+    print("|", " | ".join(["clip", *columns]), "|\n|---|" + "---:|" * len(columns))
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in LENGTHS.items():
             path = Path(folder) / f"{seconds}.mp4"
             make(path, seconds)
-            done = subprocess.run([sys.executable, __file__, str(path)], check=True, capture_output=True, text=True)
-            taken, n_all, decoded, quick, everything, megabytes = json.loads(done.stdout)
-            cells = [name, n_all, taken, decoded, f"{quick:.2f}", f"{everything:.2f}", f"{megabytes:.0f}"]
-            print("|", " | ".join(map(str, cells)), "|", flush=True)
+            command = [sys.executable, __file__, "--clip", str(path)]
+            command += ["--model", arguments.model] if arguments.model else []
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            cells = [f"{x:.2f}" if isinstance(x, float) and x < 100 else f"{x:.0f}" for x in json.loads(done.stdout)]
+            print("|", " | ".join([name, *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1]) if len(sys.argv) > 1 else main()
+    main()

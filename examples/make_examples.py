@@ -54,7 +54,7 @@ def write_pictures() -> list[dict[str, str]]:
 
 def write_clips() -> list[dict[str, str]]:
     """Draws the clips; returns their questions."""
-    clips = {"motion.mp4": draw(Motions(), 0), "order.mp4": draw(Order(), 0), "change.mp4": draw(Changes(), 0)}
+    clips = {"motion.mp4": draw(Motions(), 8), "order.mp4": draw(Order(), 0), "change.mp4": draw(Changes(), 0)}
     questions = []
     for name, clip in clips.items():
         _, content = clip.encode(random.Random(f"examples/{name}"))

@@ -43,14 +43,14 @@ def main(model: str, out: Path, examples: Path = EXAMPLES) -> None:
     shown: Path | None = None
     for entry in json.loads(questions_file.read_text(encoding="utf-8")):
         (kind,) = (kind for kind in MEDIA if kind in entry)
-        path = examples / entry[kind]
+        path, has_part = examples / entry[kind], kind in loaded.config.media_ids
         if path != shown:
             shown = path
             console.print(f"\n[bold]{escape(f'{examples.name}/{path.name}')}[/]")
-        if kind in loaded.config.media_ids:
+            if not has_part:
+                console.print(f"  this model has no part for {kind}", style="dim")
+        if has_part:
             _ask(console, loaded, entry["question"], {kind: path}, right=entry["answer"])
-        else:
-            console.print(f"  this model has no part for {kind}", style="dim")
     console.print("\n[bold]text alone[/]")
     _ask(console, loaded, TEXT_QUESTION, {})
     console.print("\n[bold]spoken[/]")

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "n_time_steps": 8,
         },
     },
-    "bundled": {  # 2.7M parameters: three blocks, which every fourth of seven image blocks would not give
+    "bundled": {  # 2.8M parameters: three blocks, which every fourth of seven image blocks would not give
         "every": 2,
         "blocks": {"n_heads": 6, "ffn_dim": 64},
         "aggregator": {
