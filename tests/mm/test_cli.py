@@ -136,9 +136,9 @@ def test_chat_remembers_turns_and_pictures_until_reset(debug: MultimodalLlama) -
 
 def test_demo_asks_every_example_and_one_question_without_a_medium(tmp_path: Path) -> None:
     text = mm("demo", "--model", "debug", "--out", str(tmp_path / "a.wav")).stdout
-    media = [file for suffix in ("png", "flac") for file in EXAMPLES.glob(f"*.{suffix}")]
-    assert len(media) == 8 and all(f"examples/{file.name}" in text for file in media)
-    assert text.count("right: ") == 18 and "What is the capital of France?" in text
+    media = [file for suffix in ("png", "mp4", "flac") for file in EXAMPLES.glob(f"*.{suffix}")]
+    assert len(media) == 11 and all(f"examples/{file.name}" in text for file in media)
+    assert text.count("right: ") == 28 and "What is the capital of France?" in text
     assert (tmp_path / "a.wav").is_file()
 
 
@@ -146,6 +146,7 @@ def test_demo_leaves_out_what_the_model_has_no_part_for(tmp_path: Path) -> None:
     compose("debug", image="debug").save_pretrained(tmp_path)
     text = mm("demo", "--model", str(tmp_path)).stdout
     assert text.count("right: ") == 16 and text.count("this model has no part for audio") == 2
+    assert text.count("this model has no part for video") == 3
     assert "this model has no voice" in text
 
 
