@@ -7,7 +7,7 @@ pitch and loudness of phone i - 1, whose duration is then known. Each step is to
 Training and streaming share all masks, as both run the same blocks; training runs all steps at once, with what they are told given.
 
 Shape letters: B rows, N phones, U steps, Y phones of a window, W steps that are remembered, S language-model tokens, F their
-feature width, D width, H heads, K head width, L blocks; 3 is log duration in frames, mean log pitch in Hz, mean log power
+feature width, D width, E a key and its value (2 D), H heads, K head width, L blocks; 3 is log duration in frames, mean log pitch in Hz, mean log power
 (`speech.phone_prosody`). Masks are boolean, True = may attend.
 """
 
@@ -100,7 +100,7 @@ class ProsodyState(StreamState):
         n_phones_B, n_steps_B: how many phones came, and how many steps were taken.
         lm_BSD: the last language-model tokens, as many as can still be seen.
         n_lm_B: how many came.
-        past_BLWD: what the last `window` steps brought to the self-attention of each block.
+        past_BLWE: what the last `window` steps brought to the self-attention of each block.
         last_B3: what the last step predicted, brought to variance 1.
     """
 
@@ -110,7 +110,7 @@ class ProsodyState(StreamState):
     n_steps_B: Tensor
     lm_BSD: Tensor
     n_lm_B: Tensor
-    past_BLWD: Tensor
+    past_BLWE: Tensor
     last_B3: Tensor
 
 
@@ -199,17 +199,19 @@ class ProsodyBlock(nn.Module):
     def forward(
         self,
         x_BUD: Tensor,
-        past_BWD: Tensor,
+        past_BWE: Tensor,
         step_distance_BUW: Tensor,
         sees_step_BUW: Tensor,
         around: Surroundings,
         layer: int,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the block, and returns the inputs of its self-attention, the past first, too."""
-        steps_BWD = torch.cat([past_BWD.to(x_BUD.dtype), self.self_norm(x_BUD)], dim=1)
-        x_BUD = x_BUD + self.self_attention(
-            steps_BWD[:, past_BWD.shape[1] :], self.self_attention.project(steps_BWD), step_distance_BUW, sees_step_BUW
+        """Runs the block, and returns keys and values of its self-attention, side by side and the past first, too."""
+        now_BUD = self.self_norm(x_BUD)
+        steps_BWE = torch.cat(
+            [past_BWE.to(x_BUD.dtype), torch.cat(self.self_attention.project(now_BUD), dim=-1)], dim=1
         )
+        keys_BWD, values_BWD = steps_BWE.chunk(2, dim=-1)
+        x_BUD = x_BUD + self.self_attention(now_BUD, (keys_BWD, values_BWD), step_distance_BUW, sees_step_BUW)
         x_BUD = x_BUD + self.phone_attention(
             self.phone_norm(x_BUD), around.phones[layer], around.phone_distance_BUY, around.sees_phone_BUY
         )
@@ -217,7 +219,7 @@ class ProsodyBlock(nn.Module):
             x_BUD = x_BUD + self.lm_attention(
                 self.lm_norm(x_BUD), around.lm[layer], around.token_distance_BUS, around.sees_token_BUS
             )
-        return x_BUD + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x_BUD)))), steps_BWD
+        return x_BUD + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x_BUD)))), steps_BWE
 
 
 class ProsodyModel(nn.Module):
@@ -264,7 +266,7 @@ class ProsodyModel(nn.Module):
         x_BUD, around, _ = self._look(phones, features_BSF, n_features_B, state, n_steps)
         delayed_BU3 = _delayed((prosody_BN3 - self.prosody_mean) / self.prosody_std)
         told_BU3 = F.pad(delayed_BU3, (0, 0, 1, -1))
-        y_BU3, _ = self._run(x_BUD, told_BU3, around, state.past_BLWD, state.n_steps_B)
+        y_BU3, _ = self._run(x_BUD, told_BU3, around, state.past_BLWE, state.n_steps_B)
         predicted_BN3 = _aligned(y_BU3) * self.prosody_std + self.prosody_mean
         return predicted_BN3.masked_fill(~below(phones.n_phones_B, n_steps - 1)[..., None], 0)
 
@@ -321,16 +323,16 @@ class ProsodyModel(nn.Module):
 
         # No phone is before the first one, so the first step of all predicts a duration alone, and no whole phone.
         only_duration = torch.tensor([1, 0, 0], device=final_B.device)
-        last_B3, past_BLWD, made = state.last_B3, state.past_BLWD, [state.last_B3]
+        last_B3, past_BLWE, made = state.last_B3, state.past_BLWE, [state.last_B3]
         for u in range(n_steps):
             now_BU = slice(u, u + 1)
-            y_B13, new_past_BLWD = self._run(
-                x_BUD[:, now_BU], last_B3[:, None], around.at(now_BU), past_BLWD, state.n_steps_B + u
+            y_B13, new_past_BLWE = self._run(
+                x_BUD[:, now_BU], last_B3[:, None], around.at(now_BU), past_BLWE, state.n_steps_B + u
             )
             takes_B = u < n_steps_B
             y_B3 = torch.where((state.n_steps_B + u == 0)[:, None], y_B13[:, 0] * only_duration, y_B13[:, 0])
             last_B3 = torch.where(takes_B[:, None], y_B3, last_B3)
-            past_BLWD = torch.where(takes_B[:, None, None, None], new_past_BLWD, past_BLWD)
+            past_BLWE = torch.where(takes_B[:, None, None, None], new_past_BLWE, past_BLWE)
             made.append(y_B3)
 
         first_B = ((state.n_steps_B == 0) & (n_steps_B > 0)).long()
@@ -338,11 +340,11 @@ class ProsodyModel(nn.Module):
         prosody_BN3 = _aligned(torch.stack(made, dim=1)) * self.prosody_std + self.prosody_mean
         prosody_BN3 = take(prosody_BN3, first_B, int(n_B.max())) if n_steps else prosody_BN3
         prosody_BN3 = prosody_BN3.masked_fill(~below(n_B, prosody_BN3.shape[1])[..., None], 0)
-        state = dataclasses.replace(seen, n_steps_B=state.n_steps_B + n_steps_B, past_BLWD=past_BLWD, last_B3=last_B3)
+        state = dataclasses.replace(seen, n_steps_B=state.n_steps_B + n_steps_B, past_BLWE=past_BLWE, last_B3=last_B3)
         return prosody_BN3, n_B, state.reset(final_B)
 
     def _run(
-        self, x_BUD: Tensor, told_BU3: Tensor, around: Surroundings, past_BLWD: Tensor, n_steps_B: Tensor
+        self, x_BUD: Tensor, told_BU3: Tensor, around: Surroundings, past_BLWE: Tensor, n_steps_B: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Steps that follow `n_steps_B` others, at once: what they predict, at variance 1, and what they leave to later ones."""
         window, n_steps = self.config.window, x_BUD.shape[1]
@@ -351,9 +353,9 @@ class ProsodyModel(nn.Module):
         sees_BUW = (distance_UW <= 0) & (distance_UW >= -window) & (step >= -n_steps_B[:, None, None])
         distance_BUW = distance_UW.expand(sees_BUW.shape)
         x_BUD, past = x_BUD + self.told(told_BU3), []
-        for i, (block, past_BWD) in enumerate(zip(self.blocks, past_BLWD.unbind(1), strict=True)):
-            x_BUD, steps_BWD = block(x_BUD, past_BWD, distance_BUW, sees_BUW, around, i)
-            past.append(steps_BWD[:, -window:])
+        for i, (block, past_BWE) in enumerate(zip(self.blocks, past_BLWE.unbind(1), strict=True)):
+            x_BUD, steps_BWE = block(x_BUD, past_BWE, distance_BUW, sees_BUW, around, i)
+            past.append(steps_BWE[:, -window:])
         return self.head(self.norm(x_BUD)), torch.stack(past, dim=1)
 
     def _look(
@@ -440,7 +442,7 @@ class ProsodyModel(nn.Module):
             n_steps_B=zeros(dtype=torch.int64),
             lm_BSD=zeros(0, config.dim),
             n_lm_B=zeros(dtype=torch.int64),
-            past_BLWD=zeros(config.n_layers, config.window, config.dim),
+            past_BLWE=zeros(config.n_layers, config.window, 2 * config.dim),
             last_B3=zeros(3),
         )
 
