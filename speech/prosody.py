@@ -7,8 +7,8 @@ pitch and loudness of phone i - 1, whose duration is then known. Each step is to
 Training and streaming share all masks, as both run the same blocks; training runs all steps at once, with what they are told given.
 
 Shape letters: B rows, N phones, U steps, Y phones of a window, W steps that are remembered, S language-model tokens, F their
-feature width, D width, E a key and its value (2 D), H heads, K head width, L blocks; 3 is log duration in frames, mean log pitch in Hz, mean log power
-(`speech.phone_prosody`). Masks are boolean, True = may attend.
+feature width, D width, E a key and its value (2 D), H heads, K head width, L blocks; 3 is log duration in frames, mean log pitch
+in Hz, mean log power (`speech.phone_prosody`). Masks are boolean, True = may attend.
 """
 
 from __future__ import annotations
