@@ -58,7 +58,7 @@ def measure(path: str) -> None:
     with av.open(path) as container:
         n_all = sum(1 for _ in container.decode(video=0))
     everything = time.perf_counter() - started
-    print(json.dumps([n_frames, n_all, decoded[0], seconds, everything, megabytes]))
+    print(json.dumps([n_frames, n_all, decoded[0], seconds, everything, round(megabytes)]))
 
 
 def measure_answer(path: str, source: str) -> None:
@@ -77,7 +77,7 @@ def measure_answer(path: str, source: str) -> None:
     model.generate("What happens?", video=path, max_new_tokens=8)
     answering = time.perf_counter() - started
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps([n_frames, decoding, answering, before / 1024, megabytes]))
+    print(json.dumps([n_frames, decoding, answering, round(before / 1024), round(megabytes)]))
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--clip", str(path)]
             command += ["--model", arguments.model] if arguments.model else []
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            cells = [f"{x:.2f}" if isinstance(x, float) and x < 100 else f"{x:.0f}" for x in json.loads(done.stdout)]
+            cells = [f"{x:.2f}" if isinstance(x, float) else str(x) for x in json.loads(done.stdout)]
             print("|", " | ".join([name, *cells]), "|", flush=True)
 
 
