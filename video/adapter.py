@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "bundled": {  # 2.8M parameters: three blocks, which every fourth of seven image blocks would not give
         "every": 2,
-        "blocks": {"n_heads": 6, "ffn_dim": 64},
+        "blocks": {"n_heads": 6, "n_kv_heads": 3, "ffn_dim": 64},
         "aggregator": {
             "width": 192, "n_layers": 2, "n_heads": 6, "head_dim": 32, "ffn_dim": 320, "max_tiles": 1,
         },

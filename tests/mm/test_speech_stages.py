@@ -585,7 +585,7 @@ def test_dialogues_get_the_replies_of_the_language_model(
     folder.mkdir()
     write_shard(folder / "train-dialogue-0000.tar", [transcribed("a", 530), *waiting])
     speaker = Speaker(asked, [])
-    monkeypatch.setattr(MultimodalLlama, "from_pretrained", lambda source: speaker)
+    monkeypatch.setattr(MultimodalLlama, "from_pretrained", lambda source, device: speaker)
     command = ["--lm", "debug", "--shards", str(folder), "--out", str(out), "--batch-size", "2"]
     dialogue_targets.main(command)
     assert "wrote 1 shards" in (said := capsys.readouterr().out) and "1 questions without a whole sentence" in said
