@@ -206,7 +206,7 @@ class VoiceStream:
         """Gives phones with their prosody to the acoustic model; returns how many frames it made."""
         phones, self._to_shape = self._to_shape[:n], self._to_shape[n:]
         prosody_N3, self._prosody_N3 = self._prosody_N3[:n], self._prosody_N3[n:]
-        mel_1TM, log_f0_1T, n_B, self._states[ACOUSTIC] = self._acoustic.step(
+        mel_1TM, f0_1T, n_B, self._states[ACOUSTIC] = self._acoustic.step(
             self._batch(phones),
             prosody_N3[None],
             durations(prosody_N3[None, :, 0]),
@@ -214,7 +214,7 @@ class VoiceStream:
             final=final,
         )
         self._mel_TM = torch.cat([self._mel_TM, mel_1TM[0, : n_B[0]].float()])
-        self._f0_T = torch.cat([self._f0_T, log_f0_1T[0, : n_B[0]]])
+        self._f0_T = torch.cat([self._f0_T, f0_1T[0, : n_B[0]]])
         return int(n_B[0])
 
     @torch.inference_mode()

@@ -18,8 +18,8 @@ from data.shards import Sample, open_source
 from mm.eval.files import write_report
 from mm.eval.metrics import Estimate, proportion
 from mm.model import MultimodalLlama
-from mm.normalizer import load_normalizer
 from mm.train.lm_features import FeatureWriter, TextFeatures, written_text
+from mm.voice import load_part
 from speech.normalizer import LMFeatures, TextNormalizer, TokenBatch, best_rules
 from speech.tn_rules import speak, words_of
 from speech.tn_tokens import split
@@ -53,7 +53,7 @@ def main(models: Sequence[Path], source: Path, out: Path, *, limit: int, batch_s
     Raises:
         ValueError: a model or the texts cannot be read.
     """
-    normalizers = {str(path): load_normalizer(path) for path in models}
+    normalizers = {str(path): load_part(path, "normalizer") for path in models}
     opened = open_source(source, name=str(source))
     samples = [opened[i] for i in range(min(limit, len(opened)))]
     features: dict[LMFeatures, list[TextFeatures]] = {}  # those of one language model serve all that read them
@@ -84,7 +84,7 @@ def read_features(lm: LMFeatures, samples: Sequence[Sample], batch_size: int) ->
     if model.lm.config.dim != lm.dim:
         raise ValueError(f"features: {lm.source} has width {model.lm.config.dim}, but the normaliser reads {lm.dim}")
     writer = FeatureWriter(model, lm.layer)
-    return _in_batches(
+    return in_batches(
         lambda some: writer([written_text(sample.metadata) for sample in some]), samples, batch_size, "reading"
     )
 
@@ -104,12 +104,13 @@ def predict(
 
     known: Sequence[TextFeatures | None] = features or [None] * len(samples)
     pairs = list(zip(samples, known, strict=True))
-    return _in_batches(speak_some, pairs, batch_size, "speaking")
+    return in_batches(speak_some, pairs, batch_size, "speaking")
 
 
-def _in_batches(
+def in_batches(
     call: Callable[[Sequence[Item]], list[Made]], items: Sequence[Item], batch_size: int, what: str
 ) -> list[Made]:
+    """What `call` makes of all items, `batch_size` at a time, behind a progress bar that says `what`."""
     made: list[Made] = []
     for start in tqdm(range(0, len(items), batch_size), desc=what, unit="batch"):
         made += call(items[start : start + batch_size])

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from data.shards import open_source
 from mm.eval.files import write_report
 from mm.eval.metrics import Estimate
-from mm.eval.normalizer import read_features
+from mm.eval.normalizer import in_batches, read_features
 from mm.eval.prosody_measures import NAMES, contours, prosody_errors, rmse
 from mm.sheet import Shown, contact_sheet
 from mm.train.lm_features import TextFeatures
@@ -65,8 +65,7 @@ def main(models: Sequence[Path], source: str, out: Path, *, limit: int, batch_si
                 replace(sample, lm=read, phones=phone_ids(sample.spoken, read[1]))
                 for sample, read in zip(samples, features[lm], strict=True)
             ]
-        cuts = tqdm(range(0, len(given), batch_size), desc="timing", unit="batch")
-        predicted[name] = [row for start in cuts for row in predict(prosody, reader, given[start : start + batch_size])]
+        predicted[name] = in_batches(partial(predict, prosody, reader), given, batch_size, "timing")
     results = [score(name, parts[name], samples, rows) for name, rows in predicted.items()]
     Console().print(table(results))
     predictions = [

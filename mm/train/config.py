@@ -6,7 +6,7 @@ Precedence: command line, then YAML, then the defaults here. An unknown key is a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ MODEL_KEYS = {
 }
 #: Losses that an encoder learns alone, and models of the voice that are told by the name of a shape.
 ENCODER_LOSSES = ("contrastive", "best-rq", "ctc")
-VOICE_PRESETS: dict[str, tuple[str, Collection[str]]] = {
+VOICE_PRESETS: dict[str, tuple[str, Mapping[str, Callable[[], Any]]]] = {
     "tts-acoustic": ("acoustic", ACOUSTIC_PRESETS),
     "tts-vocoder": ("vocoder", VOCODER_PRESETS),
 }

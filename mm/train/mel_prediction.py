@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from data.shards import Sample as RawSample
 from data.voice import VoiceSample, read_voice
 from mm.eval.voice_measures import fidelity, means
 from mm.sheet import Shown, mel_picture
-from mm.train.config import TrainConfig
-from mm.voice import load_part, save_part
-from speech.acoustic import PRESETS, AcousticModel
+from mm.train.config import VOICE_PRESETS, TrainConfig
+from mm.voice import PARTS, load_part, save_part
+from speech.acoustic import AcousticModel
 from speech.phone_batch import PhoneBatch, PhoneIds
 from speech.phone_prosody import phone_prosody
 from speech.streaming import below
@@ -131,7 +132,7 @@ class MelPrediction:
     """An acoustic model."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.acoustic = _start(config)
+        self.acoustic: AcousticModel = start_part(config)
         self.model = nn.ModuleDict({"acoustic": self.acoustic})
         self.features = VoiceFeaturesConfig(n_mels=self.acoustic.config.n_mels)
         self.reader = SpokenReader(LogMelVoice(self.features))
@@ -182,11 +183,13 @@ class MelPrediction:
         save_part(self.acoustic, directory, "acoustic")
 
 
-def _start(config: TrainConfig) -> AcousticModel:
+def start_part(config: TrainConfig) -> Any:
+    """The part of the voice that a stage trains: its own export, or a new one in the shape that the run names."""
+    part, presets = VOICE_PRESETS[config.stage]
     if config.model.init_from is not None:
-        return load_part(config.model.init_from, "acoustic")
-    assert config.model.acoustic is not None
-    return AcousticModel(PRESETS[config.model.acoustic]())
+        return load_part(config.model.init_from, part)
+    _, module_class = PARTS[part]
+    return module_class(presets[getattr(config.model, part)]())
 
 
 def mel_pair(mel_TM: Tensor, made_mel_TM: Tensor) -> Image.Image:

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.shards import Sample as RawSample
-from mm.normalizer import save_normalizer
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder, TextFeatures, open_features, written_text
 from mm.train.showing import share_right
+from mm.voice import save_part
 from speech.normalizer import RULES, TextNormalizer, TokenBatch, best_rules
 from speech.tn_rules import RULES_OF_KIND, Rule, speak, words_of
 from speech.tn_tokens import TNToken, split
@@ -130,4 +130,4 @@ class Normalizing:
         return rows, share_right(rows)
 
     def export(self, directory: Path) -> None:
-        save_normalizer(self.normalizer, directory)
+        save_part(self.normalizer, directory, "normalizer")

@@ -25,11 +25,11 @@ from mm.eval.voice_measures import fidelity, means
 from mm.sheet import Shown
 from mm.train.config import TrainConfig, VocodingConfig
 from mm.train.discriminators import Discriminators, LogSpectra, deceived, distance, unlike
-from mm.train.mel_prediction import Utterance, Utterances, collate_utterances, mel_pair, utterance_of
+from mm.train.mel_prediction import Utterance, Utterances, collate_utterances, mel_pair, start_part, utterance_of
 from mm.voice import load_part, save_part
 from speech.acoustic import AcousticModel
 from speech.streaming import take
-from speech.vocoder import PRESETS, Vocoder
+from speech.vocoder import Vocoder
 from speech.voice_features import LogMelVoice, VoiceFeaturesConfig
 
 #: Frames read on both sides of a crop, for the windows of its first and last log-mel frames.
@@ -130,7 +130,7 @@ class Vocoding:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config.model.vocoding
-        self.vocoder = _start(config)
+        self.vocoder: Vocoder = start_part(config)
         self.features, self.delay = self.vocoder.config.features, self.vocoder.config.delay
         if self.config.frames < 2 * self.delay + self.config.judged:
             raise ValueError(
@@ -237,10 +237,3 @@ class Vocoding:
 
     def export(self, directory: Path) -> None:
         save_part(self.vocoder, directory, "vocoder")
-
-
-def _start(config: TrainConfig) -> Vocoder:
-    if config.model.init_from is not None:
-        return load_part(config.model.init_from, "vocoder")
-    assert config.model.vocoder is not None
-    return Vocoder(PRESETS[config.model.vocoder]())

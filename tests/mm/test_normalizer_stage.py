@@ -20,12 +20,12 @@ from lm.tokenizer import TextStream
 from mm.checkpoint import debug_model
 from mm.config import from_mapping
 from mm.eval import normalizer as evaluation
-from mm.normalizer import load_normalizer
 from mm.train import lm_features
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder, FeatureWriter
 from mm.train.run_log import read_log
 from mm.train.trainer import Collate, Trainer
+from mm.voice import load_part
 from speech.normalizer import LMFeatures, NormalizerConfig, TextNormalizer, TokenBatch, best_rules
 from speech.spoken_text import SpokenText
 from speech.tn_rules import speak
@@ -141,7 +141,7 @@ def test_the_export_is_the_model(data: dict[str, Any]) -> None:
     trainer = make_trainer(data)
     export = trainer.train()
     assert export is not None
-    loaded = load_normalizer(export)
+    loaded = load_part(export, "normalizer")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[f"normalizer.{name}"])
     assert loaded.config == trainer.config.model.normalizer and not loaded.training
@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(data: dict[str, Any], shards: Path) -> Non
     refuse(without_lm(data, 3) | {"data": data["data"]}, "features of .*: stage tts-normalizer does not read it")
     refuse(data | {"model": {"lm": "debug"}}, r"model\.lm: stage tts-normalizer does not read it")
     with pytest.raises(ValueError, match="no export of stage tts-normalizer"):
-        load_normalizer(shards)
+        load_part(shards, "normalizer")
 
 
 @pytest.mark.parametrize(
