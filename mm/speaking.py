@@ -8,7 +8,9 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Tokens of a given text whose features are computed at a time, and after which the language model forgets what came before.
 PIECE, CONTEXT = 32, 512
+#: Seconds of audio that the voice is to be ahead of its listener before the language model competes with it for the processor.
+AHEAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,14 @@ class Speaker:
         self._previous: Sequence[Step | None] = []
         self._said: list[list[np.ndarray]] = [[] for _ in range(n_rows)]
         self._text: queue.SimpleQueue[tuple[int, str, Tensor | None, bool] | None] = queue.SimpleQueue()
-        self._audio: queue.SimpleQueue[tuple[int, np.ndarray] | BaseException | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards what follows
+        self._audio: deque[tuple[int, np.ndarray]] = deque()
+        self._n_to_say = 0  # pieces of text that the voice is not done with
+        self._heard_until: list[float | None] = [
+            None
+        ] * n_rows  # by the clock, of listeners who began with the first audio
+        self._ended = False
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="voice", daemon=True)
         self._thread.start()
 
@@ -103,17 +114,16 @@ class Speaker:
         self._text.put(None)
 
     def ready(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Rows and the audio that was made for them meanwhile."""
-        while not self._audio.empty():
-            if (piece := self._audio.get()) is None:
-                self._audio.put(None)  # for `rest`
-                return
-            yield self._keep(piece)
+        """Rows and the audio that was made for them meanwhile.
+
+        While a row has less than `AHEAD`, this waits for what can be made of the text that there is: a language model writes
+        faster than anyone speaks, and both at once would slow each other.
+        """
+        return self._pieces(lambda: self._n_to_say > 0 and self._is_short())
 
     def rest(self) -> Iterator[tuple[int, np.ndarray]]:
         """All the audio that is still to come, once all steps have passed."""
-        while (piece := self._audio.get()) is not None:
-            yield self._keep(piece)
+        return self._pieces(lambda: not self._ended)
 
     def speech(self, row: int) -> Speech:
         """All that a row said, once nothing is to come."""
@@ -124,17 +134,31 @@ class Speaker:
         """Hands text on: with features once they exist, which is when the next step was made; an end has none."""
         for row, step in enumerate(self._previous):
             if step is not None and not step.finished:
-                self._text.put((row, step.text, self.tap.h_BTD[row, -1] if self.tap else None, False))  # type: ignore[index]
+                self._say(row, step.text, self.tap.h_BTD[row, -1] if self.tap else None)  # type: ignore[index]
         for row, step in enumerate(steps):
             if step is not None and step.finished:
-                self._text.put((row, step.text, None, True))
+                self._say(row, step.text, None, is_last=True)
         self._previous = steps
 
-    def _keep(self, piece: tuple[int, np.ndarray] | BaseException) -> tuple[int, np.ndarray]:
-        if isinstance(piece, BaseException):
-            raise piece
-        self._said[piece[0]].append(piece[1])
-        return piece
+    def _say(self, row: int, text: str, features_F: Tensor | None, is_last: bool = False) -> None:
+        with self._changed:
+            self._n_to_say += 1
+        self._text.put((row, text, features_F, is_last))
+
+    def _pieces(self, expects_more: Callable[[], bool]) -> Iterator[tuple[int, np.ndarray]]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._audio or self._ended or not expects_more())
+                if not self._audio:
+                    if self._error is not None:
+                        raise self._error
+                    return
+                row, audio_N = self._audio.popleft()
+            self._said[row].append(audio_N)
+            yield row, audio_N
+
+    def _is_short(self) -> bool:
+        return any(until is None or until - time.monotonic() < AHEAD for until in self._heard_until)
 
     def _run(self) -> None:
         try:
@@ -142,10 +166,22 @@ class Speaker:
                 row, text, features_F, is_last = item
                 stream = self._streams[row]
                 for waveform_N in stream.finish(text) if is_last else stream.push(text, features_F):
-                    self._audio.put((row, waveform_N.cpu().numpy()))
+                    self._made(row, waveform_N.cpu().numpy())
+                with self._changed:
+                    self._n_to_say -= 1
+                    self._changed.notify_all()
         except BaseException as error:  # shown where the audio is waited for
-            self._audio.put(error)
-        self._audio.put(None)
+            self._error = error
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _made(self, row: int, audio_N: np.ndarray) -> None:
+        with self._changed:
+            begins = max(self._heard_until[row] or 0.0, time.monotonic())
+            self._heard_until[row] = begins + len(audio_N) / self.sample_rate
+            self._audio.append((row, audio_N))
+            self._changed.notify_all()
 
 
 def speak(model: MultimodalLlama, text: str) -> Speech:

@@ -14,7 +14,7 @@ in Hz, mean log power (`speech.phone_prosody`). Masks are boolean, True = may at
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -128,55 +128,57 @@ class RelativeAttention(nn.Module):
         nn.init.zeros_(self.distance.weight)
         self.nothing = nn.Parameter(torch.zeros(2, dim))  #: its key and value
 
-    def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k_proj(x_BSD), self.v_proj(x_BSD)
+    def project(self, x_BSD: Tensor) -> Tensor:
+        """Keys and values, side by side."""
+        return torch.cat([self.k_proj(x_BSD), self.v_proj(x_BSD)], dim=-1)
 
-    def forward(
-        self, x_BUD: Tensor, memory: tuple[Tensor, Tensor], distance_BUS: Tensor, visible_BUS: Tensor
-    ) -> Tensor:
-        """Attends where `visible_BUS`; `distance_BUS` is how far after the query a key lies."""
+    def bias(self, distance_BUS: Tensor, visible_BUS: Tensor) -> Tensor:
+        """What each step adds to its scores of the memory, nothing first: `(B, H, U, 1 + S)`.
 
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-
-        keys_BSD, values_BSD = (
-            torch.cat([nothing_D.expand(len(x_BUD), 1, -1), x_BSD], dim=1)
-            for nothing_D, x_BSD in zip(self.nothing, memory, strict=True)
-        )
+        Args:
+            distance_BUS: how far after the query a key lies.
+            visible_BUS: whether the step may attend to it.
+        """
         bias_BUSH = self.distance(distance_BUS.clamp(-self.behind, self.ahead) + self.behind)
         bias_BHUS = bias_BUSH.masked_fill(~visible_BUS[..., None], float("-inf")).permute(0, 3, 1, 2)
-        y_BHUK = F.scaled_dot_product_attention(
-            heads(self.q_proj(x_BUD)), heads(keys_BSD), heads(values_BSD), attn_mask=F.pad(bias_BHUS, (1, 0))
-        )
+        return F.pad(bias_BHUS, (1, 0))
+
+    def memory(self, projected_BSE: Tensor) -> Tensor:
+        """All that can be attended to: nothing, and what was projected."""
+        nothing_1E = self.nothing.flatten()[None]
+        return torch.cat([nothing_1E.expand(len(projected_BSE), -1, -1), projected_BSE.to(nothing_1E.dtype)], dim=1)
+
+    def forward(self, x_BUD: Tensor, memory_BSE: Tensor, bias_BHUS: Tensor) -> Tensor:
+        keys_BHSK, values_BHSK = memory_BSE.unflatten(-1, (2, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        query_BHUK = self.q_proj(x_BUD).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        y_BHUK = F.scaled_dot_product_attention(query_BHUK, keys_BHSK, values_BHSK, attn_mask=bias_BHUS)
         return self.o_proj(y_BHUK.transpose(1, 2).flatten(2))
 
 
 @dataclass
 class Surroundings:
-    """What the steps of one call may look at: keys and values of each block, and who sees which.
+    """What the steps of one call may look at, apart from each other; lists over the blocks.
 
     Attributes:
-        phones: per block, of the phones.
-        phone_distance_BUY, sees_phone_BUY: how far after a step's own phone one lies, and whether it is seen.
-        lm: per block, of the language-model tokens; empty for phones alone.
-        token_distance_BUS, sees_token_BUS: likewise, from the last token of the step's chunk.
+        phones, lm: memories of the phones and of the language-model tokens; `lm` is empty for phones alone.
+        phone_bias, lm_bias, step_bias: of the attention to these, and to the steps before (`RelativeAttention.bias`).
     """
 
-    phones: list[tuple[Tensor, Tensor]]
-    phone_distance_BUY: Tensor
-    sees_phone_BUY: Tensor
-    lm: list[tuple[Tensor, Tensor]]
-    token_distance_BUS: Tensor
-    sees_token_BUS: Tensor
+    phones: list[Tensor]
+    phone_bias: list[Tensor]
+    lm: list[Tensor]
+    lm_bias: list[Tensor]
+    step_bias: list[Tensor]
 
-    def at(self, steps: slice) -> Surroundings:
-        return dataclasses.replace(
-            self,
-            phone_distance_BUY=self.phone_distance_BUY[:, steps],
-            sees_phone_BUY=self.sees_phone_BUY[:, steps],
-            token_distance_BUS=self.token_distance_BUS[:, steps],
-            sees_token_BUS=self.sees_token_BUS[:, steps],
+    def at(self, step: int) -> Surroundings:
+        """Of one step alone, when those after it are still to come."""
+        phone_bias, lm_bias, step_bias = (
+            [bias_BHUS[:, :, step : step + 1] for bias_BHUS in biases]
+            for biases in (self.phone_bias, self.lm_bias, self.step_bias)
         )
+        n_to_come = self.step_bias[0].shape[2] - step - 1
+        step_bias = [bias_BHUS[..., : bias_BHUS.shape[3] - n_to_come] for bias_BHUS in step_bias]
+        return Surroundings(self.phones, phone_bias, self.lm, lm_bias, step_bias)
 
 
 class ProsodyBlock(nn.Module):
@@ -196,29 +198,14 @@ class ProsodyBlock(nn.Module):
         self.up_proj = nn.Linear(dim, config.ffn_dim)
         self.down_proj = nn.Linear(config.ffn_dim, dim)
 
-    def forward(
-        self,
-        x_BUD: Tensor,
-        past_BWE: Tensor,
-        step_distance_BUW: Tensor,
-        sees_step_BUW: Tensor,
-        around: Surroundings,
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Runs the block, and returns keys and values of its self-attention, side by side and the past first, too."""
+    def forward(self, x_BUD: Tensor, steps_BWE: Tensor, around: Surroundings, layer: int) -> tuple[Tensor, Tensor]:
+        """Runs the block, and returns the memory of the steps before, `steps_BWE`, with these added."""
         now_BUD = self.self_norm(x_BUD)
-        steps_BWE = torch.cat(
-            [past_BWE.to(x_BUD.dtype), torch.cat(self.self_attention.project(now_BUD), dim=-1)], dim=1
-        )
-        keys_BWD, values_BWD = steps_BWE.chunk(2, dim=-1)
-        x_BUD = x_BUD + self.self_attention(now_BUD, (keys_BWD, values_BWD), step_distance_BUW, sees_step_BUW)
-        x_BUD = x_BUD + self.phone_attention(
-            self.phone_norm(x_BUD), around.phones[layer], around.phone_distance_BUY, around.sees_phone_BUY
-        )
+        steps_BWE = torch.cat([steps_BWE, self.self_attention.project(now_BUD)], dim=1)
+        x_BUD = x_BUD + self.self_attention(now_BUD, steps_BWE, around.step_bias[layer])
+        x_BUD = x_BUD + self.phone_attention(self.phone_norm(x_BUD), around.phones[layer], around.phone_bias[layer])
         if self.lm_attention is not None and self.lm_norm is not None:
-            x_BUD = x_BUD + self.lm_attention(
-                self.lm_norm(x_BUD), around.lm[layer], around.token_distance_BUS, around.sees_token_BUS
-            )
+            x_BUD = x_BUD + self.lm_attention(self.lm_norm(x_BUD), around.lm[layer], around.lm_bias[layer])
         return x_BUD + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x_BUD)))), steps_BWE
 
 
@@ -266,7 +253,7 @@ class ProsodyModel(nn.Module):
         x_BUD, around, _ = self._look(phones, features_BSF, n_features_B, state, n_steps)
         delayed_BU3 = _delayed((prosody_BN3 - self.prosody_mean) / self.prosody_std)
         told_BU3 = F.pad(delayed_BU3, (0, 0, 1, -1))
-        y_BU3, _ = self._run(x_BUD, told_BU3, around, state.past_BLWE, state.n_steps_B)
+        y_BU3, _ = self._run(x_BUD, told_BU3, around, self._remembered(state))
         predicted_BN3 = _aligned(y_BU3) * self.prosody_std + self.prosody_mean
         return predicted_BN3.masked_fill(~below(phones.n_phones_B, n_steps - 1)[..., None], 0)
 
@@ -321,42 +308,43 @@ class ProsodyModel(nn.Module):
         n_steps = int(n_steps_B.max())
         x_BUD, around, seen = self._look(phones, features_BSF, n_features_B, state, n_steps)
 
-        # No phone is before the first one, so the first step of all predicts a duration alone, and no whole phone.
-        only_duration = torch.tensor([1, 0, 0], device=final_B.device)
-        last_B3, past_BLWE, made = state.last_B3, state.past_BLWE, [state.last_B3]
+        steps, made = self._remembered(state), [state.last_B3]
         for u in range(n_steps):
-            now_BU = slice(u, u + 1)
-            y_B13, new_past_BLWE = self._run(
-                x_BUD[:, now_BU], last_B3[:, None], around.at(now_BU), past_BLWE, state.n_steps_B + u
-            )
-            takes_B = u < n_steps_B
-            y_B3 = torch.where((state.n_steps_B + u == 0)[:, None], y_B13[:, 0] * only_duration, y_B13[:, 0])
-            last_B3 = torch.where(takes_B[:, None], y_B3, last_B3)
-            past_BLWE = torch.where(takes_B[:, None, None, None], new_past_BLWE, past_BLWE)
-            made.append(y_B3)
+            y_B13, steps = self._run(x_BUD[:, u : u + 1], made[-1][:, None], around.at(u), steps)
+            made.append(y_B13[:, 0])
+            if u == 0:  # No phone is before the first one, so the first step of all predicts a duration alone.
+                made[1] = torch.where((state.n_steps_B == 0)[:, None], made[1] * made[1].new_tensor([1, 0, 0]), made[1])
 
         first_B = ((state.n_steps_B == 0) & (n_steps_B > 0)).long()
         n_B = n_steps_B - first_B
-        prosody_BN3 = _aligned(torch.stack(made, dim=1)) * self.prosody_std + self.prosody_mean
+        made_BU3 = torch.stack(made, dim=1)
+        prosody_BN3 = _aligned(made_BU3) * self.prosody_std + self.prosody_mean
         prosody_BN3 = take(prosody_BN3, first_B, int(n_B.max())) if n_steps else prosody_BN3
         prosody_BN3 = prosody_BN3.masked_fill(~below(n_B, prosody_BN3.shape[1])[..., None], 0)
-        state = dataclasses.replace(seen, n_steps_B=state.n_steps_B + n_steps_B, past_BLWE=past_BLWE, last_B3=last_B3)
+        # Rows take different numbers of steps; what was made beyond them is forgotten.
+        past = [take(steps_BWE[:, 1:], n_steps_B, self.config.window) for steps_BWE in steps]
+        state = dataclasses.replace(
+            seen,
+            n_steps_B=state.n_steps_B + n_steps_B,
+            past_BLWE=torch.stack(past, dim=1),
+            last_B3=take(made_BU3, n_steps_B, 1)[:, 0],
+        )
         return prosody_BN3, n_B, state.reset(final_B)
 
     def _run(
-        self, x_BUD: Tensor, told_BU3: Tensor, around: Surroundings, past_BLWE: Tensor, n_steps_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Steps that follow `n_steps_B` others, at once: what they predict, at variance 1, and what they leave to later ones."""
-        window, n_steps = self.config.window, x_BUD.shape[1]
-        step = torch.arange(-window, n_steps, device=x_BUD.device)  # counted from the first of this call
-        distance_UW = step - step[window:, None]
-        sees_BUW = (distance_UW <= 0) & (distance_UW >= -window) & (step >= -n_steps_B[:, None, None])
-        distance_BUW = distance_UW.expand(sees_BUW.shape)
-        x_BUD, past = x_BUD + self.told(told_BU3), []
-        for i, (block, past_BWE) in enumerate(zip(self.blocks, past_BLWE.unbind(1), strict=True)):
-            x_BUD, steps_BWE = block(x_BUD, past_BWE, distance_BUW, sees_BUW, around, i)
-            past.append(steps_BWE[:, -window:])
-        return self.head(self.norm(x_BUD)), torch.stack(past, dim=1)
+        self, x_BUD: Tensor, told_BU3: Tensor, around: Surroundings, steps: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Steps that follow others, at once: what they predict, at variance 1, and the memories of steps, one for each block."""
+        x_BUD, longer = x_BUD + self.told(told_BU3), []
+        for i, (block, steps_BWE) in enumerate(zip(self.blocks, steps, strict=True)):
+            x_BUD, steps_BWE = block(x_BUD, steps_BWE, around, i)
+            longer.append(steps_BWE)
+        return self.head(self.norm(x_BUD)), longer
+
+    def _remembered(self, state: ProsodyState) -> list[Tensor]:
+        """The memory of the steps before, for each block."""
+        blocks = cast(list[ProsodyBlock], list(self.blocks))
+        return [block.self_attention.memory(state.past_BLWE[:, i]) for i, block in enumerate(blocks)]
 
     def _look(
         self,
@@ -393,14 +381,22 @@ class ProsodyModel(nn.Module):
         chunk_BU = chunk_BY.gather(1, torch.minimum(step_B1, last_B1).clamp(0, max(chunk_BY.shape[1] - 1, 0)))
         lm_BSD, token_BS, real_BS = self._read(features_BSF, n_features_B, state)
         token_distance_BUS = token_BS[:, None] - chunk_BU[..., None]
+        sees_token_BUS = real_BS[:, None] & (token_distance_BUS <= 0) & (token_distance_BUS > -config.lm_window)
+
+        step = torch.arange(-window, n_steps, device=device)  # counted from the first of this call
+        step_distance_UW = step - step[window:, None]
+        sees_step_BUW = (
+            (step_distance_UW <= 0) & (step_distance_UW >= -window) & (step >= -state.n_steps_B[:, None, None])
+        )
+
         blocks = cast(list[ProsodyBlock], list(self.blocks))
+        hearers = [block.lm_attention for block in blocks if block.lm_attention is not None]
         around = Surroundings(
-            phones=[block.phone_attention.project(around_BYD) for block in blocks],
-            phone_distance_BUY=distance_UY.expand(len(real_BY), -1, -1),
-            sees_phone_BUY=sees_UY & real_BY[:, None],
-            lm=[block.lm_attention.project(lm_BSD) for block in blocks if block.lm_attention is not None],
-            token_distance_BUS=token_distance_BUS,
-            sees_token_BUS=real_BS[:, None] & (token_distance_BUS <= 0) & (token_distance_BUS > -config.lm_window),
+            phones=[b.phone_attention.memory(b.phone_attention.project(around_BYD)) for b in blocks],
+            phone_bias=[b.phone_attention.bias(distance_UY[None], sees_UY & real_BY[:, None]) for b in blocks],
+            lm=[attention.memory(attention.project(lm_BSD)) for attention in hearers],
+            lm_bias=[attention.bias(token_distance_BUS, sees_token_BUS) for attention in hearers],
+            step_bias=[b.self_attention.bias(step_distance_UW[None], sees_step_BUW) for b in blocks],
         )
         n_new_lm_B = counts(n_features_B, lm_BSD[:, state.lm_BSD.shape[1] :])
         seen = dataclasses.replace(

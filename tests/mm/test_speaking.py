@@ -95,6 +95,21 @@ def test_a_stream_that_is_closed_stops_its_voice(model: MultimodalLlama) -> None
     assert "voice" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_the_language_model_waits_while_the_voice_is_short_of_audio(
+    model: MultimodalLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no end of audio wanted, what can be said of a text is said before the next text; by the clock it is chance."""
+    monkeypatch.setattr("mm.speaking.AHEAD", float("inf"))
+    events = [
+        list(model.stream("Tell me all.", max_new_tokens=200, temperature=1.0, seed=5, speak=True)) for _ in range(2)
+    ]
+    kinds = [[type(event) for event in row] for row in events]
+    assert kinds[0] == kinds[1] and kinds[0].index(AudioDelta) < max(
+        i for i, k in enumerate(kinds[0]) if k is TextDelta
+    )
+    assert close(*(audio_of(row) for row in events))
+
+
 def test_an_error_of_the_voice_reaches_the_caller(model: MultimodalLlama, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> Any:
         raise RuntimeError("hoarse")
