@@ -145,13 +145,13 @@ class Schedule:
     def after(cls, prosody: int, acoustic: int, vocoder: int) -> Schedule:
         """The usual one, for models that keep so many units back.
 
-        The first audio is at least 240 ms, time enough for a few more words to be written and said. Chunks grow slowly, as
+        The first audio is at least 360 ms, time enough for a few more words to be written and said. Chunks grow slowly, as
         nothing is gained by waiting before the audio is well ahead.
         """
         return cls(
             prosody=Chunks(first=4, largest=8, lookahead=prosody + acoustic),
             acoustic=Chunks(first=4, largest=16, lookahead=acoustic),
-            vocoder=Chunks(first=24, largest=64, lookahead=vocoder),
+            vocoder=Chunks(first=36, largest=64, lookahead=vocoder),
         )
 
     def scheduler(self) -> Scheduler:

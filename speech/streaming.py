@@ -20,6 +20,8 @@ class StreamState:
 
     def reset(self, rows_B: Tensor) -> Self:
         """A state in which the rows that are True start a new stream; the others go on."""
+        if not rows_B.any():  # as nearly always
+            return self
 
         def cleared(tensor: Tensor) -> Tensor:
             return tensor.masked_fill(rows_B.view(-1, *[1] * (tensor.ndim - 1)), 0)

@@ -116,6 +116,28 @@ def wer(predictions: Sequence[str], references: Sequence[str], language: str = "
     return _error_rate(predictions, references, whisper_normaliser(language))
 
 
+def wer_by_ear(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Estimate:
+    """Word error rate in English where spelling is free: what a listener can write in more than one way is right in any of them.
+
+    Args:
+        references: ways to write each; the nearest counts. Digits beside each other are one number, however they are grouped.
+
+    Raises:
+        ValueError: a reference has no words.
+    """
+    normalised = whisper_normaliser("English")
+
+    def words(text: str) -> str:
+        figures = re.sub(r"\bone\b", "1", normalised(text))  # which the normaliser leaves as it may be a pronoun
+        return re.sub(r"(?<=\d)\s+(?=\d)", "", figures)
+
+    nearest = [
+        min(_edits(words(predicted), words(way), way) for way in ways)
+        for predicted, ways in zip(predictions, references, strict=True)
+    ]
+    return ratio([edits for edits, _ in nearest], [length for _, length in nearest])
+
+
 def cer(predictions: Sequence[str], references: Sequence[str], language: str = "English") -> Estimate:
     """Character error rate after Whisper's normaliser, for which spaces do not count; else as `wer`."""
     normalised = whisper_normaliser(language)
@@ -135,14 +157,17 @@ def contains_answer(reply: str, answer: str, language: str = "English") -> bool:
 
 def _error_rate(predictions: Sequence[str], references: Sequence[str], spaced: Callable[[str], str]) -> Estimate:
     """Edits per unit of the references; `spaced` sets the units of a text apart by spaces."""
-    edits, lengths = [], []
-    for predicted, reference in zip(predictions, references, strict=True):
-        aligned = jiwer.process_words(spaced(reference), spaced(predicted))
-        edits.append(aligned.substitutions + aligned.deletions + aligned.insertions)
-        lengths.append(aligned.hits + aligned.substitutions + aligned.deletions)
-        if lengths[-1] == 0:
-            raise ValueError(f"references: {reference!r} has no words once it is normalised; leave it out")
-    return ratio(edits, lengths)
+    counted = [_edits(spaced(p), spaced(r), r) for p, r in zip(predictions, references, strict=True)]
+    return ratio([edits for edits, _ in counted], [length for _, length in counted])
+
+
+def _edits(predicted: str, reference: str, original: str) -> tuple[int, int]:
+    """How many words are wrong, and how many there are."""
+    aligned = jiwer.process_words(reference, predicted)
+    length = aligned.hits + aligned.substitutions + aligned.deletions
+    if length == 0:
+        raise ValueError(f"references: {original!r} has no words once it is normalised; leave it out")
+    return aligned.substitutions + aligned.deletions + aligned.insertions, length
 
 
 #: sacrebleu knows Chinese, Japanese and Korean; its default would take a Thai sentence, which has no spaces, for one word.

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.shards import Sample
 from data.voice import read_voice
 from mm.eval.files import heldout_sources, write_report
-from mm.eval.metrics import Estimate, ratio, wer
+from mm.eval.metrics import Estimate, ratio, wer, wer_by_ear
 from mm.eval.recogniser import Recogniser
 from mm.eval.voice_measures import Fidelity, fidelity, means, warped
 from mm.eval.voice_timing import PROMPTS, Playback, Timed, play, say
@@ -164,16 +164,24 @@ def compare(recording_N: np.ndarray, made_N: np.ndarray, config: VoiceFeaturesCo
 
 
 def understood(said: Sequence[Said]) -> list[VoiceResult]:
-    """Word error rate, of all and of sentences with numbers, dates and the like."""
+    """Word error rates: of all, of sentences with numbers, dates and the like, and of all by the letter.
+
+    A recogniser may write `3/4` or `www.` as the text has it or as it is said; only by the letter, the former is wrong.
+    """
+    with_digits = [s for s in said if re.search(r"[\d$%&@]", s.text)]
     results = []
-    written = [s for s in said if re.search(r"[\d$%&@]", s.text)]
-    for name, rows in (("WER", said), ("WER with digits or symbols", written)):
-        if rows:
-            spoken = [s.spoken for s in rows]
-            score, control = (
-                wer(heard, spoken) for heard in ([s.heard for s in rows], [s.heard_recording for s in rows])
-            )
-            results.append(_line(name, "%", len(rows), score, 100, recording=100 * control.value))
+    for name, rows, by_letter in (
+        ("WER", said, False),
+        ("WER with digits or symbols", with_digits, False),
+        ("WER by the letter", said, True),
+    ):
+        if not rows:
+            continue
+        score, control = (
+            wer(heard, [s.spoken for s in rows]) if by_letter else wer_by_ear(heard, [(s.spoken, s.text) for s in rows])
+            for heard in ([s.heard for s in rows], [s.heard_recording for s in rows])
+        )
+        results.append(_line(name, "%", len(rows), score, 100, recording=100 * control.value))
     return results
 
 

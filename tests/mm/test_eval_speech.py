@@ -26,7 +26,16 @@ from mm.checkpoint import debug_model
 from mm.cli import app
 from mm.eval.asking import SLACK
 from mm.eval.files import heldout_sources
-from mm.eval.metrics import Estimate, bleu, cer, contains_answer, recognition_errors, wer, whisper_normaliser
+from mm.eval.metrics import (
+    Estimate,
+    bleu,
+    cer,
+    contains_answer,
+    recognition_errors,
+    wer,
+    wer_by_ear,
+    whisper_normaliser,
+)
 from mm.eval.speech import REPLY_TOKENS, SpeechResult, answer, choose_utterances, draw, evaluate, score, table
 from mm.generate import Generation
 from mm.model import MultimodalLlama
@@ -90,6 +99,15 @@ class Listener:
 
 
 # --- error rates ---------------------------------------------------------------------------------------------------
+
+
+def test_by_ear_any_way_of_writing_what_was_said_is_right() -> None:
+    ways = ("call one four five at H T T P S", "Call 145 at https.")
+    assert wer_by_ear(["Call 145 at https!", "call 1 4 5 at h t t p s"], [ways, ways]).value == 0
+    assert wer(["Call 145 at https!"], ways[:1]).value > 0.5
+    assert wer_by_ear(["call 145 https"], [ways]).value == 0.25  # of the four words of the nearer way
+    with pytest.raises(ValueError, match="no words"):
+        wer_by_ear(["a"], [("a", "...")])
 
 
 def test_normaliser_agrees_with_another_copy_of_whispers() -> None:
