@@ -147,13 +147,14 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
     Of the new tokens, which are one parameter, the rows of other media than the stage's get no gradient.
 
     Returns:
-        The optimiser's parameter groups: `params`, `lr`, `weight_decay`, and the `name` of the learning rate. They hold exactly the
-        parameters that train. Gates, norms, biases and token embeddings are not decayed.
+        The optimiser's parameter groups: `params`, `lr`, `weight_decay`, the `name` of the learning rate, and whether they are
+        `matrices` of linear layers. They hold exactly the parameters that train. Gates, norms, biases and token embeddings are not
+        decayed.
 
     Raises:
         ValueError: nothing would train.
     """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
     model.eval()
     if isinstance(model, MultimodalLlama) and model.new_tokens is not None:
         rows = set(range(model.config.n_new_tokens))
@@ -165,11 +166,19 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
         parameter.requires_grad_(rate > 0)
         if rate == 0:
             continue
-        model.get_submodule(name.rpartition(".")[0]).training = True
+        module = model.get_submodule(name.rpartition(".")[0])
+        module.training = True
         decays = parameter.ndim > 1 and part != "new_tokens"
+        is_matrix = isinstance(module, nn.Linear) and parameter.ndim == 2
         group = groups.setdefault(
-            (rate_name, decays),
-            {"name": rate_name, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0},
+            (rate_name, decays, is_matrix),
+            {
+                "name": rate_name,
+                "params": [],
+                "lr": rate,
+                "weight_decay": weight_decay if decays else 0.0,
+                "matrices": is_matrix,
+            },
         )
         group["params"].append(parameter)
     if not groups:

@@ -222,6 +222,8 @@ class OptimConfig:
     """AdamW with a linear warm-up and a cosine to zero.
 
     Attributes:
+        matrices: what updates the matrices of linear layers, heads apart: "adamw", or "muon", whose steps cost more and go
+            further (`mm.train.muon`).
         batch_size: samples of one optimiser step.
         micro_batch_size: samples that run at a time; changes memory, not the result. The whole batch when None.
         warmup: steps.
@@ -234,6 +236,7 @@ class OptimConfig:
     lr: LearningRates
     weight_decay: float = 0.01
     betas: tuple[float, ...] = (0.9, 0.95)
+    matrices: str = "adamw"
     warmup: int = 0
     clip: float = 1.0
 
@@ -244,6 +247,8 @@ class OptimConfig:
                 raise ValueError(f"optim.{name} must be at least 1, got {value}")
         if self.warmup >= self.steps:
             raise ValueError(f"optim.warmup {self.warmup} must be less than optim.steps {self.steps}")
+        if self.matrices not in ("adamw", "muon"):
+            raise ValueError(f"optim.matrices {self.matrices!r} is unknown; choose 'adamw' or 'muon'")
         if len(self.betas) != 2:
             raise ValueError(f"optim.betas: AdamW takes two, got {list(self.betas)}")
 

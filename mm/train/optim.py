@@ -1,4 +1,4 @@
-"""AdamW over a stage's parameter groups, and its learning-rate schedule."""
+"""The optimiser of a stage's parameter groups, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,12 +8,49 @@ from typing import Any
 import torch
 
 from mm.train.config import OptimConfig
+from mm.train.muon import Muon
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the groups of `mm.stages.apply`. Each group remembers its peak learning rate, which the schedule scales."""
+class Optimizers:
+    """Optimisers of different parameters, used as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self._optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizers:
+    """AdamW over the groups of `mm.stages.apply`, or Muon over those of matrices that are in no head.
+
+    Each group remembers its peak learning rate, which the schedule scales.
+    """
     groups = [{**group, "peak_lr": group["lr"]} for group in groups]
-    return torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), fused=True)
+    by_muon = [g for g in groups if config.matrices == "muon" and g["matrices"] and g["name"] != "head"]
+    by_adamw = [g for g in groups if not any(g is other for other in by_muon)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if by_muon:
+        optimizers.append(Muon(by_muon))
+    if by_adamw:
+        optimizers.append(torch.optim.AdamW(by_adamw, betas=(config.betas[0], config.betas[1]), fused=True))
+    return Optimizers(*optimizers)
 
 
 def schedule(step: int, config: OptimConfig) -> float:
@@ -24,7 +61,7 @@ def schedule(step: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, share: float) -> dict[str, float]:
+def set_learning_rates(optimizer: Optimizers, share: float) -> dict[str, float]:
     """Scales every group's peak; returns the learning rates by name."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share

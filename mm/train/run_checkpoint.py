@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mm.train.optim import Optimizers
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -49,7 +51,7 @@ def save(
     directory: Path,
     state: RunState,
     trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     *,
     keep: int,
 ) -> None:
@@ -70,9 +72,7 @@ def save(
         shutil.rmtree(path_of(directory, step))
 
 
-def load_latest(
-    directory: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> RunState | None:
+def load_latest(directory: Path, trained: Mapping[str, nn.Parameter], optimizer: Optimizers) -> RunState | None:
     """Restores the last checkpoint into weights, optimiser and random generators; None when there is none.
 
     Raises:

@@ -73,6 +73,7 @@ def test_kill_9_and_resume_is_bit_for_bit(long_run: dict[str, Any], tmp_path: Pa
 
 
 def test_ctrl_c_checkpoints_and_the_same_command_goes_on(long_run: dict[str, Any], tmp_path: Path) -> None:
+    long_run["optim"]["matrices"] = "muon"
     before = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the suite in the background
     long_run["optim"] |= {"steps": 9}
     trainer = Trainer(from_mapping(TrainConfig, long_run))
