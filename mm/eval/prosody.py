@@ -19,7 +19,7 @@ from mm.eval.normalizer import in_batches, read_features
 from mm.eval.prosody_measures import NAMES, contours, prosody_errors, rmse
 from mm.sheet import Shown, contact_sheet
 from mm.train.lm_features import TextFeatures
-from mm.train.prosody_prediction import Timed, TimedReader, phone_ids, predict
+from mm.train.prosody_prediction import ProsodyReader, ProsodySample, phone_ids, predict
 from mm.voice import load_part
 from speech.normalizer import LMFeatures
 from speech.prosody import ProsodyModel
@@ -51,7 +51,7 @@ def main(models: Sequence[Path], source: str, out: Path, *, limit: int, batch_si
         ValueError: a model or the recordings cannot be read.
     """
     parts: dict[str, ProsodyModel] = {str(path): load_part(path, "prosody") for path in models}
-    opened, reader = open_source(source, name=source), TimedReader({})
+    opened, reader = open_source(source, name=source), ProsodyReader({})
     raws = [opened[i] for i in range(min(limit, len(opened)))]
     samples = [reader.prepare(raw) for raw in raws]
     features: dict[LMFeatures, list[TextFeatures]] = {}  # those of one language model serve all that read them
@@ -90,7 +90,9 @@ def main(models: Sequence[Path], source: str, out: Path, *, limit: int, batch_si
     return results
 
 
-def score(name: str, prosody: ProsodyModel, samples: Sequence[Timed], predicted: Sequence[Tensor]) -> ProsodyResult:
+def score(
+    name: str, prosody: ProsodyModel, samples: Sequence[ProsodySample], predicted: Sequence[Tensor]
+) -> ProsodyResult:
     errors = [
         prosody_errors(row_N3, sample.prosody_N3, sample.is_voiced_N)
         for row_N3, sample in zip(predicted, samples, strict=True)

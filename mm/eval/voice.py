@@ -29,7 +29,7 @@ from mm.eval.files import heldout_sources, write_report
 from mm.eval.metrics import Estimate, ratio, wer, wer_by_ear
 from mm.eval.recogniser import Recogniser
 from mm.eval.voice_measures import Fidelity, fidelity, means, warped
-from mm.eval.voice_timing import PROMPTS, Playback, Timed, play, say
+from mm.eval.voice_timing import PROMPTS, Playback, TimedSpeech, play, say
 from mm.model import MultimodalLlama
 from mm.speaking import voice_of
 from speech.voice_features import LogMelVoice, VoiceFeaturesConfig, pitch
@@ -51,7 +51,7 @@ class Said:
     text: str
     spoken: str
     recording_N: np.ndarray
-    timed: Timed
+    timed: TimedSpeech
     heard: str
     heard_recording: str
     fidelity: Fidelity | None

@@ -33,7 +33,7 @@ PROMPTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
+class TimedSpeech:
     """A text that was said, and what that took.
 
     Attributes:
@@ -49,7 +49,7 @@ class Timed:
     words_at_first_audio: int
 
 
-def say(model: MultimodalLlama, text: str) -> Timed:
+def say(model: MultimodalLlama, text: str) -> TimedSpeech:
     """Says a text as if a language model wrote it that takes no time. Let torch use one thread.
 
     Raises:
@@ -74,7 +74,7 @@ def say(model: MultimodalLlama, text: str) -> Timed:
             if len(audio) == 1:
                 n_words = len(text[:n_written].split())
             audio.append(waveform_N.cpu().numpy())
-    return Timed(
+    return TimedSpeech(
         audio=np.concatenate(audio),
         skipped=tuple(stream.skipped),
         seconds=seconds,

@@ -93,7 +93,7 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Timed(Protocol):
+class FollowsSteps(Protocol):
     """An objective whose loss depends on how far the run is."""
 
     def begin(self, step: int) -> None:

@@ -35,7 +35,7 @@ from speech.voice_features import VoiceFeaturesConfig
 
 
 @dataclass
-class Timed:
+class ProsodySample:
     """An utterance: its phones, whose chunks count language-model tokens, and their prosody.
 
     Attributes:
@@ -53,7 +53,7 @@ class Timed:
 
 
 @dataclass
-class TimedBatch:
+class ProsodyBatch:
     """Several of them; zeros past a row's end."""
 
     phones: PhoneBatch
@@ -62,15 +62,15 @@ class TimedBatch:
     n_features_B: Tensor | None
     keys: list[str]
 
-    def to(self, device: torch.device | str) -> TimedBatch:
+    def to(self, device: torch.device | str) -> ProsodyBatch:
         features_BSF, n_features_B = (
             None if x is None else x.to(device) for x in (self.features_BSF, self.n_features_B)
         )
-        return TimedBatch(self.phones.to(device), self.prosody_BN3.to(device), features_BSF, n_features_B, self.keys)
+        return ProsodyBatch(self.phones.to(device), self.prosody_BN3.to(device), features_BSF, n_features_B, self.keys)
 
 
 @dataclass(frozen=True)
-class TimedReader:
+class ProsodyReader:
     """Reads samples of `mm data make voice`; each phone is three terms of the loss.
 
     Attributes:
@@ -82,14 +82,14 @@ class TimedReader:
     def length(self, raw: RawSample) -> int:
         return len(raw.metadata["phones"])
 
-    def prepare(self, raw: RawSample, *, augment: bool = False) -> Timed:
+    def prepare(self, raw: RawSample, *, augment: bool = False) -> ProsodySample:
         sample = read_voice(raw, waveform=False)
         if sample.log_power_T is None:
             raise ValueError(f"sample {raw.key!r} has no power.npy; make the voice again")
         frames_N = torch.tensor([phone.frames for phone in sample.phones])
         is_voiced_N = torch.stack([f0_T.any() for f0_T in sample.f0_T.split(frames_N.tolist())])
         lm = self.folders[raw.source][raw.key] if self.folders else None
-        return Timed(
+        return ProsodySample(
             spoken=sample,
             phones=phone_ids(sample, lm[1] if lm else ()),
             prosody_N3=phone_prosody(frames_N, sample.f0_T, sample.log_power_T),
@@ -98,12 +98,12 @@ class TimedReader:
             key=f"{raw.source}/{raw.key}",
         )
 
-    def count(self, sample: Timed) -> int:
+    def count(self, sample: ProsodySample) -> int:
         return sample.prosody_N3.numel()
 
-    def collate(self, samples: Sequence[Timed]) -> TimedBatch:
+    def collate(self, samples: Sequence[ProsodySample]) -> ProsodyBatch:
         lm = [sample.lm[0] for sample in samples if sample.lm is not None]
-        return TimedBatch(
+        return ProsodyBatch(
             PhoneBatch.collate([sample.phones for sample in samples], [sample.spoken.speaker for sample in samples]),
             pad_sequence([sample.prosody_N3 for sample in samples], batch_first=True),
             pad_sequence(lm, batch_first=True) if lm else None,
@@ -132,9 +132,9 @@ class ProsodyPrediction:
     def __init__(self, config: TrainConfig) -> None:
         self.prosody = ProsodyModel(config.model.prosody)
         self.model = nn.ModuleDict({"prosody": self.prosody})
-        self.reader = TimedReader(open_features(config.data, config.model.prosody.lm))
+        self.reader = ProsodyReader(open_features(config.data, config.model.prosody.lm))
 
-    def loss(self, batch: TimedBatch) -> Tensor:
+    def loss(self, batch: ProsodyBatch) -> Tensor:
         told_BN3, losses = batch.prosody_BN3, []
         for _ in range(2):
             predicted_BN3 = self.prosody(batch.phones, told_BN3, batch.features_BSF, batch.n_features_B)
@@ -143,10 +143,10 @@ class ProsodyPrediction:
             told_BN3 = predicted_BN3.detach()
         return 0.5 * (losses[0] + losses[1])
 
-    def n_tokens(self, batch: TimedBatch) -> int:
+    def n_tokens(self, batch: ProsodyBatch) -> int:
         return int(batch.phones.n_phones_B.sum())
 
-    def audio_seconds(self, batch: TimedBatch) -> float:
+    def audio_seconds(self, batch: ProsodyBatch) -> float:
         is_real_BN = below(batch.phones.n_phones_B, batch.prosody_BN3.shape[1])
         frames = float(batch.prosody_BN3[..., 0].exp()[is_real_BN].sum())
         return frames * VoiceFeaturesConfig().hop / VoiceFeaturesConfig().sample_rate
@@ -175,7 +175,7 @@ class ProsodyPrediction:
         save_part(self.prosody, directory, "prosody")
 
 
-def predict(prosody: ProsodyModel, reader: TimedReader, samples: Sequence[Timed]) -> list[Tensor]:
+def predict(prosody: ProsodyModel, reader: ProsodyReader, samples: Sequence[ProsodySample]) -> list[Tensor]:
     """Prosody `(N, 3)` of each utterance, each step told what the one before predicted."""
     batch = reader.collate(samples).to(prosody.head.weight.device)
     predicted_BN3 = prosody.predict(batch.phones, batch.features_BSF, batch.n_features_B).cpu()

@@ -29,7 +29,7 @@ from mm.sheet import contact_sheet
 from mm.stages import apply
 from mm.train import run_checkpoint
 from mm.train.config import DTYPES, TrainConfig, load_config
-from mm.train.objectives import Reader, Timed, make_objective
+from mm.train.objectives import FollowsSteps, Reader, make_objective
 from mm.train.optim import make_optimizer, schedule, set_learning_rates
 from mm.train.reading import open_training_source
 from mm.train.run_checkpoint import RunState
@@ -171,7 +171,7 @@ class Trainer:
         """
         share = schedule(self.step, self.config.optim)
         rates = set_learning_rates(self.optimizer, share)
-        if isinstance(self.objective, Timed):
+        if isinstance(self.objective, FollowsSteps):
             self.objective.begin(self.step)
         loss = self.accumulate(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip).item()

@@ -18,7 +18,7 @@ from mm.eval.prosody_measures import prosody_errors, rmse
 from mm.train import lm_features
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder
-from mm.train.prosody_prediction import TimedReader, phone_ids
+from mm.train.prosody_prediction import ProsodyReader, phone_ids
 from mm.train.trainer import Collate, Trainer
 from mm.voice import load_part
 
@@ -164,7 +164,7 @@ def test_refusals(shards: Path, tmp_path: Path) -> None:
     raw = open_source(shards / "train-0000.tar", name="x")[0]
     raw.arrays.pop("power")  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"power\.npy"):
-        TimedReader({}).prepare(raw)
+        ProsodyReader({}).prepare(raw)
     raw.metadata["phones"].pop()
     with pytest.raises(ValueError, match="frame or more"):
         read_voice(raw, waveform=False)
