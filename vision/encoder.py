@@ -23,7 +23,7 @@ from timm.layers import HybridEmbed, PatchEmbed, QuickGELU, freeze_batch_norm_2d
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
-from vision.tiling import PIXEL_MEAN, PIXEL_STD, Pictures
+from vision.tiling import PIXEL_MEAN, PIXEL_STD, Pictures, supported_grids
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
@@ -43,6 +43,8 @@ class ImageEncoderConfig:
         released_padding_quirk: reproduce Llama 3.2 Vision, whose real tokens attend to padded tiles, and to tokens that
             pad every tile to a multiple of eight. Needs batches padded to `max_tiles`. Without it padding is never seen
             and costs nothing.
+        positions_per_grid: every layout of tiles has tile positions of its own, as in transformers; else a tile's row and column
+            have them, whatever the layout, as in Meta's release.
         stem: name of a timm convolutional backbone that replaces the patch embedding (the hybrid of the ViT paper).
         stem_stages: which of its stages feed the encoder, finest first, as timm's `out_indices`.
     """
@@ -61,6 +63,7 @@ class ImageEncoderConfig:
     attention_bias: bool = False
     pre_norm: bool = True
     released_padding_quirk: bool = False
+    positions_per_grid: bool = False
     stem: str | None = None
     stem_stages: tuple[int, ...] = ()
 
@@ -135,26 +138,38 @@ class ConvStem(nn.Module):
         return torch.cat([finest, *(F.interpolate(stage, size=finest.shape[-2:]) for stage in deeper)], dim=1)
 
 
-def lookup_tiles(table_NNX: Tensor, grid_P2: Tensor, n_tiles: int) -> Tensor:
-    """Entries of a table over (row, column) for every picture's tiles `(P, n_tiles, ...)`; zeros for padded tiles."""
+def tile_table(config: ImageEncoderConfig, *inner: int) -> nn.Parameter:
+    """Random entries `(*inner, width)` over the row and column of a tile, or over the layout and the tile's place in it."""
+    n_lines = len(supported_grids(config.max_tiles)) if config.positions_per_grid else config.max_tiles
+    return nn.Parameter(torch.randn(n_lines, config.max_tiles, *inner, config.width) * config.width**-0.5)
+
+
+def lookup_tiles(table: Tensor, grid_P2: Tensor, n_tiles: int, *, per_grid: bool = False) -> Tensor:
+    """Entries of a `tile_table` for every picture's tiles `(P, n_tiles, ...)`; of padded tiles zeros, or a layout's own."""
+    if per_grid:
+        grids_G2 = torch.tensor(supported_grids(table.shape[1]), device=grid_P2.device)
+        layout_P = (grids_G2 == grid_P2[:, None]).all(-1).int().argmax(1)
+        return table[layout_P, :n_tiles]
     index_N = torch.arange(n_tiles, device=grid_P2.device)
     rows_P1, columns_P1 = grid_P2[:, :1], grid_P2[:, 1:]
     valid_PN = index_N < rows_P1 * columns_P1
     row_PN = (index_N // columns_P1).where(valid_PN, 0)
-    entries = table_NNX[row_PN, index_N % columns_P1]
+    entries = table[row_PN, index_N % columns_P1]
     return entries * valid_PN.view(*valid_PN.shape, *[1] * (entries.ndim - 2))
 
 
 class TilePositionEmbedding(nn.Module):
     """Tells the tiles of a picture apart; gated, so that it starts as nothing."""
 
-    def __init__(self, max_tiles: int, width: int) -> None:
+    def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(max_tiles, max_tiles, width) * width**-0.5)
+        self.per_grid = config.positions_per_grid
+        self.embedding = tile_table(config)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, h_PNLD: Tensor, grid_P2: Tensor) -> Tensor:
-        return h_PNLD + self.gate.tanh() * lookup_tiles(self.embedding, grid_P2, h_PNLD.shape[1])[:, :, None]
+        tile_PND = lookup_tiles(self.embedding, grid_P2, h_PNLD.shape[1], per_grid=self.per_grid)
+        return h_PNLD + self.gate.tanh() * tile_PND[:, :, None]
 
 
 class GatedPositionalEmbedding(nn.Module):
@@ -162,14 +177,14 @@ class GatedPositionalEmbedding(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
-        n_tokens, width, max_tiles = config.n_tokens, config.width, config.max_tiles
-        self.embedding = nn.Parameter(torch.randn(n_tokens, width) * width**-0.5)
-        self.tile_embedding = nn.Parameter(torch.randn(max_tiles, max_tiles, n_tokens, width) * width**-0.5)
+        self.per_grid = config.positions_per_grid
+        self.embedding = nn.Parameter(torch.randn(config.n_tokens, config.width) * config.width**-0.5)
+        self.tile_embedding = tile_table(config, config.n_tokens)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, h_PNLD: Tensor, grid_P2: Tensor) -> Tensor:
         gate = self.gate.tanh()
-        tile_PNLD = lookup_tiles(self.tile_embedding, grid_P2, h_PNLD.shape[1])
+        tile_PNLD = lookup_tiles(self.tile_embedding, grid_P2, h_PNLD.shape[1], per_grid=self.per_grid)
         return h_PNLD + (1 - gate) * self.embedding + gate * tile_PNLD
 
     @torch.no_grad()
@@ -223,12 +238,12 @@ class ImageEncoder(nn.Module):
         norm = partial(nn.LayerNorm, config.width, eps=config.norm_eps)
         self.patch_embed = _patch_embed(config)
         self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width**-0.5)
-        self.pre_tile_positional_embedding = TilePositionEmbedding(config.max_tiles, config.width)
+        self.pre_tile_positional_embedding = TilePositionEmbedding(config)
         self.gated_positional_embedding = GatedPositionalEmbedding(config)
         self.layernorm_pre = norm() if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_blocks))
         self.layernorm_post = norm()
-        self.post_tile_positional_embedding = TilePositionEmbedding(config.max_tiles, config.width)
+        self.post_tile_positional_embedding = TilePositionEmbedding(config)
         self.global_blocks = nn.ModuleList(GatedBlock(config) for _ in range(config.n_global_blocks))
 
     def forward(self, pictures: Pictures) -> Tensor:

@@ -231,8 +231,7 @@ def from_huggingface(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     """Reads the tensors and the `config.json` of transformers' `MllamaForConditionalGeneration`.
 
     Raises:
-        ValueError: a field is missing or asks for what we do not do; tensors are missing, unknown or mis-shaped; tile
-            position tables differ between aspect ratios, as they may after training in transformers.
+        ValueError: a field is missing or asks for what we do not do; tensors are missing, unknown or mis-shaped.
     """
     configs = configs_from_huggingface(config)
     tensors = {_saved_name(key): tensor for key, tensor in tensors.items()}
@@ -241,9 +240,19 @@ def from_huggingface(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     parts = state["lm.embed_tokens.weight"].split([configs.lm.vocab_size, N_NEW_TOKENS])
     # Copies, because safetensors refuses tensors that share memory.
     state["lm.embed_tokens.weight"], state["new_tokens.weight"] = (part.clone() for part in parts)
-    for key, gate in TILE_TABLES.items():
-        state[key] = _table_from_aspect_ratios(state[key], state[gate], configs.encoder, key)
-    return _fuse_qkv(state), configs
+    encoder, tables = configs.encoder, {}
+    for key in TILE_TABLES:
+        inner = (-1, encoder.width) if key.endswith("tile_embedding") else (encoder.width,)
+        tables[key] = state[key].reshape(len(state[key]), encoder.max_tiles, *inner)[1:]  # line 0 means no picture
+    shared = {key: _shared_by_grids(table) for key, table in tables.items()}
+    # Training in transformers may have moved layouts apart; but behind a closed gate, as in a new model, a table does nothing.
+    apart = [
+        key
+        for key, gate in TILE_TABLES.items()
+        if state[gate].any() and not torch.equal(_per_grid(shared[key]), tables[key])
+    ]
+    configs = dataclasses.replace(configs, encoder=dataclasses.replace(encoder, positions_per_grid=bool(apart)))
+    return _fuse_qkv(state | ({key: table.clone() for key, table in tables.items()} if apart else shared)), configs
 
 
 def to_huggingface(state: Mapping[str, Tensor], configs: MllamaConfigs) -> tuple[State, dict[str, Any]]:
@@ -253,12 +262,15 @@ def to_huggingface(state: Mapping[str, Tensor], configs: MllamaConfigs) -> tuple
         ValueError: transformers' Mllama has no place for something in the configuration, or the tensors are not its.
     """
     config = configs_to_huggingface(configs)
-    _check_expressible(configs, configs_from_huggingface(config), "Hugging Face")
+    read_back = configs_from_huggingface(config)
+    per_grid = dataclasses.replace(read_back.encoder, positions_per_grid=configs.encoder.positions_per_grid)
+    _check_expressible(configs, dataclasses.replace(read_back, encoder=per_grid), "Hugging Face")
     _check_fit(state, _shapes(configs), "our")
     split = _split_qkv(state)
     split["lm.embed_tokens.weight"] = torch.cat([split["lm.embed_tokens.weight"], split.pop("new_tokens.weight")])
     for key in TILE_TABLES:
-        split[key] = _table_per_aspect_ratio(split[key])
+        table = split[key] if configs.encoder.positions_per_grid else _per_grid(split[key])
+        split[key] = torch.cat([torch.zeros_like(table[:1]), table]).flatten(1)
     return {theirs: split[ours] for theirs, ours in _huggingface_names(configs).items()}, config
 
 
@@ -379,32 +391,22 @@ def _huggingface_names(configs: MllamaConfigs) -> dict[str, str]:
     }
 
 
-def _table_per_aspect_ratio(table: Tensor) -> Tensor:
-    """A table over (row, column) `(N, N, ...)` to one over (aspect ratio, tile), flat; index 0 means no picture."""
-    max_tiles = len(table)
-    grids = supported_grids(max_tiles)
-    flat = table.new_zeros(len(grids) + 1, max_tiles, *table.shape[2:])
-    for i, (rows, columns) in enumerate(grids, start=1):
-        flat[i, : rows * columns] = table[:rows, :columns].flatten(0, 1)
-    return flat.flatten(1)
+def _per_grid(table: Tensor) -> Tensor:
+    """A table over the rows and columns of tiles `(N, N, ...)` as one over layouts and their tiles."""
+    grids = supported_grids(len(table))
+    lines = table.new_zeros(len(grids), *table.shape[1:])
+    for line, (rows, columns) in zip(lines, grids, strict=True):
+        line[: rows * columns] = table[:rows, :columns].flatten(0, 1)
+    return lines
 
 
-def _table_from_aspect_ratios(flat: Tensor, gate: Tensor, encoder: ImageEncoderConfig, name: str) -> Tensor:
-    """Inverse of `_table_per_aspect_ratio`, if there is one. Places that no grid reaches become zero."""
-    max_tiles = encoder.max_tiles
-    inner = (-1, encoder.width) if name.endswith("tile_embedding") else (encoder.width,)
-    grids = supported_grids(max_tiles)
-    unflat = flat.reshape(len(grids) + 1, max_tiles, *inner)
-    table = flat.new_zeros(max_tiles, max_tiles, *unflat.shape[2:])
-    for i, (rows, columns) in enumerate(grids, start=1):
-        table[:rows, :columns] = unflat[i, : rows * columns].unflatten(0, (rows, columns))
-    # Behind a closed gate, as in a new model, the tables do nothing and may hold anything.
-    if gate.any() and not torch.equal(_table_per_aspect_ratio(table)[1:], flat[1:]):
-        raise ValueError(
-            f"{name}: this checkpoint's tile positions differ between aspect ratios (it was trained further in "
-            "transformers); ours and Meta's are one table for all. Use the vision_model of the released checkpoint"
-        )
-    return table
+def _shared_by_grids(table: Tensor) -> Tensor:
+    """Inverse of `_per_grid`, if there is one. Places that no layout reaches become zero."""
+    max_tiles = table.shape[1]
+    shared = table.new_zeros(max_tiles, *table.shape[1:])
+    for line, (rows, columns) in zip(table, supported_grids(max_tiles), strict=True):
+        shared[:rows, :columns] = line[: rows * columns].unflatten(0, (rows, columns))
+    return shared
 
 
 # ---------------------------------------------------------------------------------------------------------------- Meta
@@ -525,7 +527,7 @@ def _like_released(encoder: ImageEncoderConfig) -> ImageEncoderConfig:
     """An encoder of this size with all that both layouts take for granted."""
     return dataclasses.replace(
         encoder, norm_eps=1e-5, act="gelu", attention_bias=False, pre_norm=True, released_padding_quirk=True,
-        stem=None, stem_stages=(),
+        positions_per_grid=False, stem=None, stem_stages=(),
     )  # fmt: skip
 
 

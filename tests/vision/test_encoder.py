@@ -155,6 +155,14 @@ def test_lookup_reads_tables_by_row_and_column() -> None:
         assert row == expected + [0] * (4 - len(expected))
 
 
+def test_lookup_reads_tables_by_layout_and_place() -> None:
+    grids = supported_grids(4)
+    table_GN1 = torch.arange(4.0 * len(grids)).view(-1, 4, 1)
+    order = torch.tensor([5, 0, 7, 3])
+    entries = lookup_tiles(table_GN1, torch.tensor(grids)[order], n_tiles=3, per_grid=True)[..., 0]
+    assert torch.equal(entries, table_GN1[order, :3, 0])
+
+
 def test_released_quirk_lets_real_tokens_see_padding() -> None:
     """That it is exactly the released model's padding is shown against transformers, in test_mllama.py."""
     honest, quirky = make(), make(dataclasses.replace(CONFIG, released_padding_quirk=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from typing import NamedTuple
@@ -284,6 +285,26 @@ def test_huggingface_comes_back_exactly_and_loads_in_transformers(theirs, saved,
     assert torch.equal(their_logits(model, prompts, False), their_logits(theirs, prompts, False))
 
 
+def test_a_model_that_was_trained_on_in_transformers_keeps_its_tile_positions_for_each_aspect_ratio(theirs, saved):
+    """There every line of the tables moves on its own, those of padded tiles too."""
+    model = with_features_of_meta(copy.deepcopy(theirs))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("tile_embedding.weight", "tile_positional_embedding.embedding.weight")):
+                parameter[1:] = 0.2 * torch.randn(parameter[1:].shape, generator=generator)
+    state, configs = mllama.from_huggingface(model.state_dict(), saved[1])
+    assert configs.encoder.positions_per_grid
+    parts = configs.build().eval()
+    parts.load_state_dict(state, strict=True)
+    for prompts in PICTURE_FIRST.values():
+        assert_same(our_logits(parts, prompts), their_logits(model, prompts, like_meta=False), prompts)
+    again, _ = mllama.from_huggingface(*mllama.to_huggingface(state, configs))
+    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
+    with pytest.raises(ValueError, match=r"Meta layout of Llama 3.2 Vision cannot say encoder.positions_per_grid=True"):
+        mllama.to_meta(state, configs)
+
+
 def test_names_of_the_live_model_are_read_too(theirs, saved, loaded):
     state, configs = mllama.from_huggingface(theirs.state_dict(), saved[1])
     assert configs == loaded[1]
@@ -336,13 +357,15 @@ def test_every_tensor_that_does_not_fit_is_named(saved):
         assert part in str(error.value)
 
 
-def test_tile_positions_trained_apart_are_refused_unless_their_gate_is_closed(saved):
+def test_tile_positions_trained_apart_behind_a_closed_gate_are_shared(saved):
     key = "vision_model.pre_tile_positional_embedding"
     tensors = saved[0] | {f"{key}.embedding.weight": torch.randn_like(saved[0][f"{key}.embedding.weight"])}
-    with pytest.raises(ValueError, match="differ between aspect ratios"):
-        mllama.from_huggingface(tensors, saved[1])
-    state, _ = mllama.from_huggingface(tensors | {f"{key}.gate": torch.zeros(1)}, saved[1])
-    assert state["image_encoder.pre_tile_positional_embedding.embedding"].any()
+    state, configs = mllama.from_huggingface(tensors | {f"{key}.gate": torch.zeros(1)}, saved[1])
+    assert (
+        state["image_encoder.pre_tile_positional_embedding.embedding"].any() and not configs.encoder.positions_per_grid
+    )
+    _, configs = mllama.from_huggingface(tensors, saved[1])
+    assert configs.encoder.positions_per_grid
 
 
 @pytest.mark.parametrize("write", [mllama.to_huggingface, mllama.to_meta])
