@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,11 +19,18 @@ from torch import Tensor
 from lm.config import LlamaConfig
 from video.aggregator import AggregatorConfig, TemporalAggregator
 from video.clips import Clips
-from vision.adapter import CrossAdapter, CrossAdapterConfig, CrossMemory, ImageAdapterConfig
+from vision.adapter import (
+    CrossAdapter,
+    CrossAdapterConfig,
+    CrossAttentionBlock,
+    CrossMemory,
+    ImageAdapter,
+    ImageAdapterConfig,
+)
 from vision.encoder import ImageEncoderConfig
 
-#: Sizes by name: every how many image blocks there is a video block, changes to the image blocks' shape, and the aggregator's
-#: shape, as wide as the language model where no width is given.
+#: Sizes by name: the image block that the first video block precedes (from 0), and every how many there is another; changes to the
+#: image blocks' shape; and the aggregator's shape, as wide as the language model where no width is given.
 #:
 #: Of the paper's we know the sums, 0.6B beside the 8B and 4.6B beside the 70B. Two and five blocks as large as image blocks take
 #: 0.436B and 4.278B; the rest, about 0.16B and 0.32B, grows with the language model's width and not with its square. So the tokens
@@ -31,6 +38,7 @@ from vision.encoder import ImageEncoderConfig
 #: has; with the three layers of Idefics2's resampler and tiles of 448 pixels that gives 0.595B and 4.595B.
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {
+        "first": 0,
         "every": 1,
         "blocks": {},
         "aggregator": {
@@ -38,7 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "n_time_steps": 8,
         },
     },
-    "bundled": {  # 2.8M parameters: three blocks, which every fourth of seven image blocks would not give
+    "bundled": {  # 2.8M parameters: three of seven image blocks; of such threes the last see most (docs/LOG.md)
+        "first": 2,
         "every": 2,
         "blocks": {"n_heads": 6, "n_kv_heads": 3, "ffn_dim": 64},
         "aggregator": {
@@ -46,6 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "paper": {
+        "first": 3,
         "every": 4,
         "blocks": {},
         "aggregator": {"n_layers": 3, "n_heads": 16, "head_dim": 80, "ffn_dim": 1280, "max_tiles": 4},
@@ -79,10 +89,10 @@ class VideoAdapterConfig(CrossAdapterConfig):
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
         size = PRESETS[preset]
-        layers = image.layers[size["every"] - 1 :: size["every"]]
+        layers = image.layers[size["first"] :: size["every"]]
         if not layers:
             raise ValueError(
-                f"preset {preset!r} puts a video block before every {size['every']}th image block, but there are only "
+                f"preset {preset!r} puts its first video block before image block {size['first'] + 1}, but there are only "
                 f"{len(image.layers)}; give the image adapter more blocks"
             )
         aggregator = AggregatorConfig(
@@ -99,6 +109,33 @@ class VideoAdapter(CrossAdapter):
         super().__init__(config)
         self.config = config
         self.aggregator = TemporalAggregator(config.aggregator)
+
+    @torch.no_grad()
+    def start_from(self, image: ImageAdapter, features_XLF: Tensor) -> None:
+        """Begins as the image adapter, which knows what things look like and are called; what is new is time.
+
+        Effective frames start as means of frames, and blocks see them as the image block before the same layer sees pictures, as
+        far as their size allows: tokens keep the directions in which the image adapter's projection is largest, blocks the
+        heads and the FFN units with the largest weights.
+
+        Args:
+            features_XLF: the image encoder's output for anything, which tells how large tokens are.
+
+        Raises:
+            ValueError: a block is before a layer where the image adapter has none, or has other heads of keys and values.
+        """
+        projection = image.projection
+        basis_DW = torch.linalg.svd(projection.weight.float(), full_matrices=False).U[:, : self.config.memory_dim]
+        basis_DW = basis_DW.to(projection.weight.dtype)
+        self.projection.weight.copy_(basis_DW.T @ projection.weight)
+        self.projection.bias.copy_(basis_DW.T @ projection.bias)
+        self.aggregator.start_as_mean(self.projection(features_XLF).square().mean().sqrt().item())
+        for layer, block in self.layer_blocks():
+            if str(layer) not in image.blocks:
+                raise ValueError(
+                    f"video: block {layer} has no image block to start from; those are {list(image.blocks)}"
+                )
+            block.start_from(cast(CrossAttentionBlock, image.blocks[str(layer)]), basis_DW)
 
     def memory(
         self, features_PNLF: Tensor, clips: Clips, *, row_V: Tensor, position_V: Tensor, n_rows: int

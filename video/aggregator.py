@@ -183,6 +183,19 @@ class TemporalAggregator(nn.Module):
         self.latents = nn.Parameter(latents, requires_grad=self.latents.requires_grad)
         self.config = dataclasses.replace(self.config, n_tokens=grid_size**2 + 1)
 
+    @torch.no_grad()
+    def start_as_mean(self, size: float) -> None:
+        """Starts from the means of groups, in which time scales the channels; its layers as nothing, which they can learn to leave.
+
+        Args:
+            size: root mean square of the tokens, which its last norm would else bring to one.
+        """
+        self.latents.zero_()
+        self.norm.weight.fill_(size)
+        for layer in self.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+
     def regroup(self, factor: int) -> None:
         """Changes how many frames become one, as finetuning does (7.5.2)."""
         self.config = dataclasses.replace(self.config, factor=factor)

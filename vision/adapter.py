@@ -181,6 +181,52 @@ class CrossAttentionBlock(nn.Module):
         x_BTD = x_BTD + mlp_gate * self.mlp(self.post_attention_layernorm(x_BTD))
         return torch.where(sees_BT1, x_BTD, h_BTD)
 
+    @torch.no_grad()
+    def start_from(self, other: CrossAttentionBlock, basis_DW: Tensor) -> None:
+        """Begins as a block that is no smaller: of each group of heads, and of the FFN, what weighs most there.
+
+        Args:
+            basis_DW: the memory that this block sees, in terms of the other's.
+
+        Raises:
+            ValueError: the other has heads of another width, or other groups.
+        """
+        ours, theirs, width = self.cross_attn, other.cross_attn, self.cross_attn.head_dim
+        if ours.k_norm.weight.shape != theirs.k_norm.weight.shape or len(ours.k_proj.weight) != len(
+            theirs.k_proj.weight
+        ):
+            raise ValueError(
+                f"blocks: {len(ours.k_proj.weight) // width} heads of keys, {width} wide, cannot start from "
+                f"{len(theirs.k_proj.weight) // theirs.head_dim} that are {theirs.head_dim} wide"
+            )
+        n_groups = len(ours.k_proj.weight) // width
+        query_GHKD = theirs.q_proj.weight.unflatten(0, (n_groups, -1, width))
+        output_GHKD = theirs.o_proj.weight.T.unflatten(0, (n_groups, -1, width))
+        n_heads = len(ours.q_proj.weight) // width // n_groups
+        head_GH = output_GHKD.square().sum((2, 3)).topk(n_heads).indices.sort().values
+        head_GHKD = head_GH[..., None, None].expand(-1, -1, *query_GHKD.shape[2:])
+        ours.q_proj.weight.copy_(query_GHKD.gather(1, head_GHKD).flatten(0, 2))
+        ours.o_proj.weight.copy_(output_GHKD.gather(1, head_GHKD).flatten(0, 2).T)
+        ours.k_proj.weight.copy_(theirs.k_proj.weight @ basis_DW)
+        ours.v_proj.weight.copy_(theirs.v_proj.weight @ basis_DW)
+        size_X = (
+            other.mlp.up_proj.weight.norm(dim=1)
+            * other.mlp.gate_proj.weight.norm(dim=1)
+            * other.mlp.down_proj.weight.norm(dim=0)
+        )
+        unit_X = size_X.topk(len(self.mlp.up_proj.weight)).indices.sort().values
+        self.mlp.up_proj.weight.copy_(other.mlp.up_proj.weight[unit_X])
+        self.mlp.gate_proj.weight.copy_(other.mlp.gate_proj.weight[unit_X])
+        self.mlp.down_proj.weight.copy_(other.mlp.down_proj.weight[:, unit_X])
+        alike = (
+            (self.input_layernorm, other.input_layernorm),
+            (self.post_attention_layernorm, other.post_attention_layernorm),
+        )
+        for mine, its in (*alike, (ours.q_norm, theirs.q_norm), (ours.k_norm, theirs.k_norm)):
+            mine.weight.copy_(its.weight)
+        self.cross_attn_attn_gate.copy_(other.cross_attn_attn_gate)
+        self.cross_attn_mlp_gate.copy_(other.cross_attn_mlp_gate)
+
 
 class CrossAdapter(nn.Module):
     """Projection of the encoder's features and the cross-attention blocks, keyed by LM layer index."""

@@ -81,6 +81,7 @@ class ModelConfig:
         stem: name of pre-trained weights for a hybrid encoder's stem (`vision.pretrained`).
         open_gates: where the gates of a new image or video part start, see `CrossAdapter.open_gates`; at zero, as released, when
             None.
+        from_image: whether a new video part starts from the image part (`VideoAdapter.start_from`); from random weights when not.
         text: shape of the text tower of image-encoder.
         best_rq: masks and codebooks of speech-encoder.
         normalizer: shape of tts-normalizer's model, and the language model whose features it reads.
@@ -99,6 +100,7 @@ class ModelConfig:
     encoder: str | None = None
     stem: str | None = None
     open_gates: float | None = None
+    from_image: bool = False
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     best_rq: BestRQConfig = field(default_factory=BestRQConfig)
     normalizer: NormalizerConfig = field(default_factory=NormalizerConfig)
@@ -268,6 +270,11 @@ class EvalConfig:
     pictures: int = 24
     max_new_tokens: int = 24
 
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self):
+            if getattr(self, key.name) < 1:
+                raise ValueError(f"eval.{key.name} must be at least 1, got {getattr(self, key.name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -288,7 +295,7 @@ class LogConfig:
 MODEL_KEYS = {
     ("contrastive", "image"): {"encoder", "stem", "text"},
     ("next-token", "image"): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
-    ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates"},
+    ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates", "from_image"},
     ("best-rq", "audio"): {"encoder", "best_rq"},
     ("ctc", "audio"): {"encoder"},
     ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
@@ -377,8 +384,8 @@ class TrainConfig:
             raise ValueError("model: give init_from" + (f", or lm together with {part}" if may_be_new else ""))
         if model.init_from and model.lm:
             raise ValueError("model.lm: init_from brings its language model; leave lm out")
-        for key in ("encoder", "stem", "open_gates"):
-            if getattr(model, key) is not None and not is_new:
+        for key in ("encoder", "stem", "open_gates", "from_image"):
+            if getattr(model, key) not in (None, False) and not is_new:
                 raise ValueError(f"model.{key}: init_from brings a {part} part, which was trained; leave {key} out")
         for key in ("swap_lm", "swap_image"):
             if getattr(model, key) and not self.stage_spec.swaps_lm:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from data.shards import Sample as RawSample
@@ -34,6 +36,7 @@ from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
 from mm.train.vocoding import Vocoding
 from vision.pretrained import init_stem
+from vision.tiling import Pictures, tile_image
 
 #: Media that every sample must have in the stages that learn from them: what else it shows goes through frozen parts.
 NEEDED = {"audio": "recording", "video": "clip"}
@@ -286,6 +289,19 @@ def load_model(config: TrainConfig) -> MultimodalLlama:
     return model
 
 
+def start_from_image(model: MultimodalLlama) -> None:
+    """Lets a new video part begin as the image part (`VideoAdapter.start_from`)."""
+    assert model.image_encoder is not None and model.image_adapter is not None and model.video_adapter is not None
+    config = model.image_encoder.config
+    grey = tile_image(
+        Image.new("RGB", (config.tile_size, config.tile_size), "grey"), config.tile_size, config.max_tiles
+    )
+    n_tiles = config.max_tiles if config.released_padding_quirk else None
+    with torch.no_grad():
+        features_PNLF = model.image_encoder(Pictures.collate([grey], n_tiles=n_tiles))
+    model.video_adapter.start_from(model.image_adapter, features_PNLF[:, 0])
+
+
 def _prepare_parts(model: MultimodalLlama, config: TrainConfig) -> None:
     """Puts in what was trained elsewhere, and changes tiles and frames as the run says."""
     source, data = config.model, config.data
@@ -295,6 +311,8 @@ def _prepare_parts(model: MultimodalLlama, config: TrainConfig) -> None:
         load_encoder(source.encoder, encoder)
     if source.stem:
         init_stem(encoder, source.stem)
+    if source.from_image:
+        start_from_image(model)
     if source.open_gates is not None:
         assert adapter is not None
         adapter.open_gates(source.open_gates)

@@ -219,6 +219,7 @@ def test_command_line_beats_yaml_beats_defaults(run_data: dict[str, Any], tmp_pa
     ("override", "message"),
     [
         ("optim.setps=3", "unknown key 'setps'; did you mean 'steps'"),
+        ("eval.pictures=0", "eval.pictures must be at least 1, got 0"),
         ("optim.lr.gate=1", "did you mean 'gates'"),
         ("stage=image-adaptor", "stage 'image-adaptor' is unknown"),
         ("optim.steps=many", "expected int"),

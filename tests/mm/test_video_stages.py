@@ -23,6 +23,7 @@ from mm.config import from_mapping
 from mm.model import MultimodalLlama
 from mm.train.config import TrainConfig, default_path, load_config
 from mm.train.feature_cache import FeatureCache
+from mm.train.objectives import load_model
 from mm.train.run_log import read_log
 from mm.train.trainer import Collate, Trainer, TrainingError
 
@@ -331,6 +332,22 @@ def test_a_bad_batch_is_saved_with_its_frames(data: dict[str, Any], tmp_path: Pa
         assert len(n_frames_V) == 2 and n_frames_V.sum() == len(tiles) and tiles.isfinite().all()
 
 
+def test_a_video_part_may_start_from_the_image_part(data: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seeing = compose("debug", image="debug")
+    with torch.no_grad():
+        for parameter in (*seeing.image_encoder.parameters(), *seeing.image_adapter.parameters()):
+            parameter.normal_(std=0.1)
+    seeing.save_pretrained(tmp_path / "seeing")
+    source = {"init_from": str(tmp_path / "seeing"), "video": "debug", "from_image": True}
+    model = load_model(from_mapping(TrainConfig, data | {"stage": "video-sft", "model": source}))
+    for layer, block in model.video_adapter.layer_blocks():
+        eyes = model.image_adapter.blocks[str(layer)]
+        assert torch.equal(block.cross_attn.q_proj.weight, eyes.cross_attn.q_proj.weight)
+        assert torch.equal(block.cross_attn_attn_gate, eyes.cross_attn_attn_gate) and block.cross_attn_attn_gate.any()
+    assert not model.video_adapter.aggregator.latents.any()
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
@@ -342,6 +359,11 @@ def test_a_bad_batch_is_saved_with_its_frames(data: dict[str, Any], tmp_path: Pa
             "video",
             {"model": {"init_from": "debug", "open_gates": 0.5}},
             "init_from brings a video part, which was trained",
+        ),
+        (
+            "video-sft",
+            {"model": {"init_from": "debug", "from_image": True}},
+            "model.from_image: init_from brings a video part, which was trained",
         ),
         ("video", {"model": {"init_from": "debug", "swap_lm": "debug"}}, "finetuning swaps it"),
         ("video", {"model": {"init_from": "debug", "swap_image": "debug"}}, "finetuning swaps it"),

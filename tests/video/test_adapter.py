@@ -113,7 +113,7 @@ def test_placement_and_sizes_of_the_paper(preset, layers, total, tile_size):
 
 @pytest.mark.parametrize(
     ("lm", "preset", "layers", "most"),
-    [("smollm2-135m", "bundled", (9, 17, 25), 3_500_000), ("debug", "debug", None, 100_000)],
+    [("smollm2-135m", "bundled", (13, 21, 29), 3_500_000), ("debug", "debug", None, 100_000)],
 )
 def test_small_presets_stay_small(lm, preset, layers, most):
     config = LM_PRESETS[lm]()
@@ -263,6 +263,47 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(lm, adapter, h_BTD, side):
             adapters = adapter.bind(memory, positions(n, 1))
         alone = lm.hidden(h_BTD[row : row + 1, :n], adapters=adapters)
         torch.testing.assert_close(batch[row, place[row]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_that_rests_starts_as_its_picture_is_seen(lm, h_BTD):
+    """In a smaller shape too, as far as what it leaves out has no weight: exactly, but for tokens being brought to one size."""
+    image = randomise(ImageAdapter(IMAGE), seed=3)
+    smaller = dataclasses.replace(CONFIG, n_heads=9, ffn_dim=8)
+    adapter = randomise(VideoAdapter(smaller), seed=6)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        image.projection.bias.zero_()
+        narrow = [torch.randn(shape, generator=generator) for shape in ((LM.dim, WIDTH), (WIDTH, N_FEATURES))]
+        image.projection.weight.copy_(narrow[0] @ narrow[1])
+        block = image.blocks["4"]
+        for head in (0, 3, 6, 8, 10, 14):  # two of each group of five
+            block.cross_attn.o_proj.weight[:, 2 * head : 2 * head + 2] = 0
+        block.mlp.down_proj.weight[:, 1::2] = 0
+        block.mlp.down_proj.weight[:, 16:] = 0
+        picture_1NLF = make_features(1)
+        picture_1NLF = 3 * picture_1NLF / image.projection(picture_1NLF).square().mean(-1, keepdim=True).sqrt()
+    adapter.start_from(image, picture_1NLF)
+    with torch.no_grad():
+        adapter.aggregator.time_scale.zero_()
+        adapter.aggregator.time_shift.zero_()
+    clips = make_clips((3,), ((1, 2),))
+    place = {"position_V": torch.tensor([2]), "row_V": torch.tensor([0])}
+    memory = adapter.memory(picture_1NLF.expand(3, -1, -1, -1), clips, **place, n_rows=1)
+    pictures = Pictures(torch.zeros(1, N_TILES, 3, 1, 1), torch.tensor([[1, 2]]))
+    seen = image.memory(picture_1NLF, pictures, row_P=place["row_V"], position_P=place["position_V"], n_rows=1)
+    only = {4: image.bind(seen, positions(n_rows=1))[4]}
+    expected = lm.hidden(h_BTD[:1], adapters=only)
+    assert not torch.allclose(expected, lm.hidden(h_BTD[:1]), atol=1e-2)
+    actual = lm.hidden(h_BTD[:1], adapters=adapter.bind(memory, positions(n_rows=1)))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_start_from_the_image_adapter_says_so():
+    image = ImageAdapter(dataclasses.replace(IMAGE, layers=(1,)))
+    with pytest.raises(ValueError, match=r"block 4 has no image block to start from; those are \['1'\]"):
+        VideoAdapter(CONFIG).start_from(image, make_features(1))
+    with pytest.raises(ValueError, match="5 heads of keys, 2 wide, cannot start from 3 that are 2 wide"):
+        VideoAdapter(dataclasses.replace(CONFIG, n_kv_heads=5)).start_from(ImageAdapter(IMAGE), make_features(1))
 
 
 def test_gradients_reach_every_parameter_and_nothing_else(h_BTD):
