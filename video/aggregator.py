@@ -193,6 +193,7 @@ class TemporalAggregator(nn.Module):
         self.latents.zero_()
         self.norm.weight.fill_(size)
         for layer in self.layers:
+            assert isinstance(layer, PerceiverLayer)
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
 

@@ -16,7 +16,7 @@ from data.shards import Sample as RawSample
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.encoders import save_encoder
-from mm.train.reading import as_caption, last_question, media_of, split_answer
+from mm.train.reading import as_caption, first_question, media_of, split_answer
 from mm.train.showing import picture_of, share_right
 from vision.contrastive import ContrastiveModel
 from vision.encoder import PRESETS, ImageEncoder
@@ -110,7 +110,7 @@ class Contrastive:
         pictures = Pictures.collate([pair.tiles for pair in pairs]).to(self.model.logit_scale.device)
         nearest = self.model.zero_shot(pictures, sorted({pair.caption for pair in pairs}))
         rows = [
-            Shown(picture_of(raw, None), last_question(raw), pair.caption, caption)
+            Shown(picture_of(raw, None), first_question(raw), pair.caption, caption)
             for raw, pair, caption in zip(raws, pairs, nearest, strict=True)
         ]
         return rows, share_right(rows)

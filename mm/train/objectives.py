@@ -31,7 +31,7 @@ from mm.train.masked_speech import MaskedSpeech
 from mm.train.mel_prediction import MelPrediction
 from mm.train.normalizing import Normalizing
 from mm.train.prosody_prediction import ProsodyPrediction
-from mm.train.reading import as_caption, last_question, media_of, split_answer
+from mm.train.reading import as_caption, first_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
 from mm.train.vocoding import Vocoding
@@ -186,7 +186,7 @@ class ConversationReader:
         return self.tasks[raw.source] or raw.metadata.get("task")
 
     def prompt(self, raw: RawSample) -> list[dict[str, Any]]:
-        """The sample's messages before its last answer."""
+        """The sample's messages before its first answer."""
         return split_answer(raw, self.messages(raw))[0]
 
     def answer(self, raw: RawSample) -> str:
@@ -249,7 +249,7 @@ class NextToken:
         """Transcripts are scored by their errors, other answers by the share that is right."""
         log_mel = self.model.processor.log_mel
         rows = [
-            Shown(picture_of(raw, log_mel), last_question(raw), self.reader.answer(raw), answer)
+            Shown(picture_of(raw, log_mel), first_question(raw), self.reader.answer(raw), answer)
             for raw, answer in zip(raws, self.predict(raws, max_new_tokens), strict=True)
         ]
         transcribed = [i for i, raw in enumerate(raws) if self.reader.task(raw) == "asr"]

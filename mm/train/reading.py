@@ -38,21 +38,21 @@ def as_caption(raw: RawSample) -> list[dict[str, Any]]:
 
 
 def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """A sample's messages without its last answer, and that answer.
+    """A sample's messages before its first answer, and that answer; later ones may be read off those before them.
 
     Raises:
-        ValueError: the assistant does not speak last.
+        ValueError: the assistant never speaks.
     """
-    *before, last = messages
-    if last["role"] != "assistant":
-        raise ValueError(f"sample {raw.key!r} of {raw.source!r} does not end with an answer")
-    return before, _text(last)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            return list(messages[:i]), _text(message)
+    raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no answer")
 
 
-def last_question(raw: RawSample) -> str:
-    """The text of the user's last turn."""
+def first_question(raw: RawSample) -> str:
+    """The text of the user's first turn."""
     turns = [message for message in raw.messages if message["role"] == "user"]
-    return _text(turns[-1]) if turns else ""
+    return _text(turns[0]) if turns else ""
 
 
 def media_of(raw: RawSample, kind: str) -> list[Any]:

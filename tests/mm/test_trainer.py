@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from data.shards import Sample as RawSample
 from mm.checkpoint import debug_model
 from mm.config import from_mapping
 from mm.model import MultimodalLlama
@@ -23,6 +24,7 @@ from mm.train.config import TrainConfig, default_path, load_config
 from mm.train.launch import main
 from mm.train.loss import ChunkedCrossEntropy, next_token_loss
 from mm.train.optim import schedule
+from mm.train.reading import first_question, split_answer
 from mm.train.run_log import read_log
 from mm.train.trainer import Collate, Trainer, TrainingError
 
@@ -321,3 +323,16 @@ def test_encoder_of_another_shape_is_refused(run_data: dict[str, Any], tmp_path:
         load_encoder(tmp_path, model.image_encoder)
     with pytest.raises(ValueError, match="nor an export of a stage"):
         load_encoder(tmp_path / "nowhere", model.image_encoder)
+
+
+def test_samples_are_asked_their_first_question_alone() -> None:
+    """The answer to a later one may be read off the answers before it."""
+    said = ("What does it do?", "moves left", "Which way does it move?", "left")
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
+        for i, text in enumerate(said)
+    ]
+    raw = RawSample("a", "made", messages, {})
+    assert split_answer(raw, messages) == (messages[:1], "moves left") and first_question(raw) == said[0]
+    with pytest.raises(ValueError, match="sample 'a' of 'made' has no answer"):
+        split_answer(raw, messages[:1])
