@@ -332,7 +332,7 @@ def test_samples_are_asked_their_first_question_alone() -> None:
         {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
         for i, text in enumerate(said)
     ]
-    raw = RawSample("a", "made", messages, {})
+    raw = RawSample(key="a", source="made", messages=messages, metadata={})
     assert split_answer(raw, messages) == (messages[:1], "moves left") and first_question(raw) == said[0]
     with pytest.raises(ValueError, match="sample 'a' of 'made' has no answer"):
         split_answer(raw, messages[:1])
