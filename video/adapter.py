@@ -29,7 +29,7 @@ from vision.adapter import (
 )
 from vision.encoder import ImageEncoderConfig
 
-#: Sizes by name: the image block that the first video block precedes (from 0), and every how many there is another; changes to the
+#: Sizes by name: index of the image block that the first video block precedes, and every how many there is another; changes to the
 #: image blocks' shape; and the aggregator's shape, as wide as the language model where no width is given.
 #:
 #: Of the paper's we know the sums, 0.6B beside the 8B and 4.6B beside the 70B. Two and five blocks as large as image blocks take
@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "bundled": {  # 2.8M parameters: three of seven image blocks; of such threes the last see most (docs/LOG.md)
-        "first": 2,
+        "first": -5,
         "every": 2,
         "blocks": {"n_heads": 6, "n_kv_heads": 3, "ffn_dim": 64},
         "aggregator": {
