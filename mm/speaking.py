@@ -89,9 +89,8 @@ class Speaker:
         self._changed = threading.Condition()  # guards what follows
         self._audio: deque[tuple[int, np.ndarray]] = deque()
         self._n_to_say = 0  # pieces of text that the voice is not done with
-        self._heard_until: list[float | None] = [
-            None
-        ] * n_rows  # by the clock, of listeners who began with the first audio
+        # By the clock, of listeners who began with the first audio.
+        self._heard_until: list[float | None] = [None] * n_rows
         self._ended = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="voice", daemon=True)

@@ -387,6 +387,8 @@ class TrainConfig:
         for key in ("encoder", "stem", "open_gates", "from_image"):
             if getattr(model, key) not in (None, False) and not is_new:
                 raise ValueError(f"model.{key}: init_from brings a {part} part, which was trained; leave {key} out")
+        if model.from_image and model.open_gates is not None:
+            raise ValueError("model.from_image: the gates come from the image part; leave open_gates out")
         for key in ("swap_lm", "swap_image"):
             if getattr(model, key) and not self.stage_spec.swaps_lm:
                 raise ValueError(f"model.{key}: stage {self.stage} keeps what it starts from; finetuning swaps it")

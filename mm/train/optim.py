@@ -42,9 +42,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimiz
 
     Each group remembers its peak learning rate, which the schedule scales.
     """
-    groups = [{**group, "peak_lr": group["lr"]} for group in groups]
-    by_muon = [g for g in groups if config.matrices == "muon" and g["matrices"] and g["name"] != "head"]
-    by_adamw = [g for g in groups if not any(g is other for other in by_muon)]
+    by_muon: list[dict[str, Any]] = []
+    by_adamw: list[dict[str, Any]] = []
+    for group in groups:
+        suits_muon = config.matrices == "muon" and group["matrices"] and group["name"] != "head"
+        (by_muon if suits_muon else by_adamw).append({**group, "peak_lr": group["lr"]})
     optimizers: list[torch.optim.Optimizer] = []
     if by_muon:
         optimizers.append(Muon(by_muon))
