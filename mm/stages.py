@@ -22,6 +22,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"image_encoder\.gated_positional_embedding\.(tile_embedding|gate)$", "gated_layers"),
     (r"image_encoder\.", "vit"),
     (r"image_adapter\.", "image_adapter"),
+    (r"video_adapter\.(projection|aggregator)\.", "aggregator"),
     (r"video_adapter\.", "video_adapter"),
     (r"(speech_encoder|encoder)\.", "speech_encoder"),  # in BEST-RQ's and the CTC model the encoder is alone
     (r"speech_adapter\.", "speech_adapter"),
@@ -73,6 +74,7 @@ RATE_OF_PART = {
     "vit": "encoder",
     "gated_layers": "encoder",
     "image_adapter": "adapter",
+    "aggregator": "adapter",
     "video_adapter": "adapter",
     "speech_encoder": "encoder",
     "speech_adapter": "adapter",
@@ -93,8 +95,8 @@ class Stage:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
         loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
-            "token-ctc" on their tokens, "next-token" on supervised tokens, "rules" of TN tokens, "prosody" of phones, "mel" on
-            their frames, or "waveform" on the samples of frames.
+            "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "next-token" on supervised tokens,
+            "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on the samples of frames.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
@@ -102,14 +104,25 @@ class Stage:
     name: str
     medium: Literal["image", "audio", "video", "text", "voice"]
     trains: frozenset[str]
-    loss: Literal["contrastive", "best-rq", "ctc", "token-ctc", "next-token", "rules", "prosody", "mel", "waveform"]
+    loss: Literal[
+        "contrastive",
+        "best-rq",
+        "ctc",
+        "token-ctc",
+        "caption-words",
+        "next-token",
+        "rules",
+        "prosody",
+        "mel",
+        "waveform",
+    ]
     swaps_lm: bool = False
     masks_prompts: bool = False
 
 
 _EYES = frozenset({"stem", "vit", "gated_layers", "image_adapter"})
 _EARS = frozenset({"speech_encoder", "speech_adapter", "new_tokens"})
-_MOTION = frozenset({"video_adapter", "new_tokens"})
+_MOTION = frozenset({"aggregator", "video_adapter", "new_tokens"})
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -118,6 +131,8 @@ STAGES: dict[str, Stage] = {
         Stage(name="image-adapter", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-anneal", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", medium="image", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
+        # Not the paper's: a warm start for small budgets, as speech-align is.
+        Stage(name="video-align", medium="video", trains=frozenset({"aggregator", "head"}), loss="caption-words"),
         Stage(name="video", medium="video", trains=_MOTION, loss="next-token"),
         Stage(name="video-sft", medium="video", trains=_MOTION, loss="next-token", swaps_lm=True, masks_prompts=True),
         Stage(name="speech-encoder", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),

@@ -52,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "blocks": {"n_heads": 6, "n_kv_heads": 3, "ffn_dim": 64},
         "aggregator": {
             "width": 192, "n_layers": 2, "n_heads": 6, "head_dim": 32, "ffn_dim": 320, "max_tiles": 1,
+            "motion_channels": 64,
         },
     },
     "paper": {
@@ -137,6 +138,10 @@ class VideoAdapter(CrossAdapter):
                 )
             block.start_from(cast(CrossAttentionBlock, image.blocks[str(layer)]), basis_DW)
 
+    def effective_frames(self, features_PNLF: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
+        """Projects and aggregates the features; see `TemporalAggregator.forward`."""
+        return self.aggregator(self.projection(features_PNLF), clips)
+
     def memory(
         self, features_PNLF: Tensor, clips: Clips, *, row_V: Tensor, position_V: Tensor, n_rows: int
     ) -> CrossMemory:
@@ -151,7 +156,7 @@ class VideoAdapter(CrossAdapter):
         """
         if not len(clips) == len(row_V) == len(position_V):
             raise ValueError(f"clips: {len(clips)} clips for {len(row_V)} clip tokens; give one token per clip")
-        x_ENLW, n_effective_V = self.aggregator(self.projection(features_PNLF), clips)
+        x_ENLW, n_effective_V = self.effective_frames(features_PNLF, clips)
         clip_E = torch.arange(len(clips), device=n_effective_V.device).repeat_interleave(n_effective_V)
         valid_EN = clips.valid_VN[clip_E]
         clip_X = clip_E[valid_EN.nonzero()[:, 0]]

@@ -26,6 +26,7 @@ tables.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from lm.model import FeedForward, RMSNorm
 from video.clips import Clips
+from video.motion import LocalMotion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class AggregatorConfig:
         max_tiles: most tiles of a frame (4 in the paper).
         factor: frames that become one (16 in the paper's pre-training, 32 in its finetuning). No parameter depends on it.
         n_time_steps: rows of the time tables; between them time is interpolated.
+        motion_channels: of the convolutions that look for local motion before frames are merged (`video.motion`), a tile's
+            patches being a square; 0 for none, as in the paper.
     """
 
     width: int
@@ -58,12 +62,15 @@ class AggregatorConfig:
     max_tiles: int
     factor: int = 16
     n_time_steps: int = 16
+    motion_channels: int = 0
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "max_tiles", "factor", "n_time_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.motion_channels and math.isqrt(self.n_tokens - 1) ** 2 != self.n_tokens - 1:
+            raise ValueError(f"motion_channels: {self.n_tokens} tokens are no class token and a square of patches")
 
 
 class PerceiverAttention(nn.Module):
@@ -119,6 +126,9 @@ class TemporalAggregator(nn.Module):
         super().__init__()
         self.config = config
         std = config.width**-0.5
+        self.motion = (
+            LocalMotion(config.width, config.motion_channels, config.norm_eps) if config.motion_channels else None
+        )
         self.latents = nn.Parameter(torch.randn(config.max_tiles, config.n_tokens, config.width) * std)
         self.time_scale = nn.Parameter(cosines(config.n_time_steps, config.width))
         self.time_shift = nn.Parameter(torch.randn(config.n_time_steps, config.width) * std)
@@ -147,6 +157,8 @@ class TemporalAggregator(nn.Module):
         size_E = group_P.bincount()
         n_tiles_E = clips.valid_VN.sum(-1).repeat_interleave(n_effective_V)
 
+        if self.motion is not None:
+            features_PNLW = self.motion(features_PNLW, clips)
         x_PNLW = self.add_time(features_PNLW, clips)
         x_ENLW = torch.zeros_like(x_PNLW[: len(size_E)])
         # Groups of one shape run together, so there is nothing to mask and padding costs nothing.

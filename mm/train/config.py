@@ -129,6 +129,8 @@ class SourceConfig:
             paper's prompts, "dialogue" takes the text for the reply. Needed where there are such recordings.
         language: of the text, by English name or code; the corpus's own when None.
         features: folder that `python -m mm.train.lm_features` wrote for these texts (tts-normalizer, tts-prosody).
+        one_question: whether a conversation gives one of its questions, drawn anew each time it comes up, with the media
+            before it and without the other turns. For conversations whose answers can be read off each other.
     """
 
     path: str
@@ -139,12 +141,17 @@ class SourceConfig:
     task: str | None = None
     language: str | None = None
     features: str | None = None
+    one_question: bool = False
 
     def __post_init__(self) -> None:
         if self.style not in ("chat", "plain"):
             raise ValueError(f"style {self.style!r} of {self.path} is unknown; choose 'chat' or 'plain'")
         if self.weight <= 0:
             raise ValueError(f"weight of {self.path} must be positive, got {self.weight}; leave the source out instead")
+        if self.one_question and self.style == "plain":
+            raise ValueError(
+                f"one_question of {self.path}: style plain reads captions; leave it out, or say style: chat"
+            )
         if self.task not in (None, *TASKS):
             raise ValueError(f"task {self.task!r} of {self.path} is unknown; choose one of {', '.join(TASKS)}")
         if self.language is not None:
@@ -296,6 +303,7 @@ MODEL_KEYS = {
     ("contrastive", "image"): {"encoder", "stem", "text"},
     ("next-token", "image"): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
     ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates", "from_image"},
+    ("caption-words", "video"): {"init_from", "video", "from_image"},
     ("best-rq", "audio"): {"encoder", "best_rq"},
     ("ctc", "audio"): {"encoder"},
     ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
@@ -358,7 +366,7 @@ class TrainConfig:
         model = self.model
         if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.medium]:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
-        if self.stage_spec.loss in ("next-token", "token-ctc"):
+        if self.stage_spec.loss in ("next-token", "token-ctc", "caption-words"):
             self._check_whole_model()
         elif self.stage in VOICE_PRESETS:
             self._check_voice_model()
@@ -401,10 +409,10 @@ class TrainConfig:
         asks = self.hears and self.stage_spec.loss == "next-token"
         reads = {"image_folder": not self.hears, "format": self.hears, "task": asks, "language": asks}
         lm = {"rules": self.model.normalizer.lm, "prosody": self.model.prosody.lm}.get(self.stage_spec.loss)
-        reads["features"] = lm is not None
+        reads |= {"features": lm is not None, "one_question": self.stage_spec.loss == "next-token"}
         for source in sources:
             for key, is_read in reads.items():
-                if getattr(source, key) is not None and not is_read:
+                if getattr(source, key) and not is_read:
                     raise ValueError(f"{key} of {source.path}: stage {self.stage} does not read it; leave it out")
         if (self.hears or self.stage_spec.masks_prompts) and any(source.style != "chat" for source in sources):
             raise ValueError(

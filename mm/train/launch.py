@@ -29,11 +29,12 @@ def main(stage: str, argv: Sequence[str] | None = None) -> None:
         config = load_config(arguments.config, arguments.overrides)
         if config.stage != stage:
             raise ValueError(f"config {arguments.config} is for stage {config.stage}, not {stage}")
-        from mm.train.trainer import (
-            Trainer,
-            TrainingError,
-        )  # slow to import; a mistake in the configuration shows at once
+        import torch  # slow to import, as is the trainer; a mistake in the configuration shows at once
 
+        from mm.train.trainer import Trainer, TrainingError
+
+        # Dying activations leave denormal numbers, with which CPUs are many times slower. Threads inherit this, so it comes first.
+        torch.set_flush_denormal(True)
         try:
             export = Trainer(config).train()
         except TrainingError as error:

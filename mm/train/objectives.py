@@ -29,9 +29,10 @@ from mm.train.feature_cache import FeatureCache
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.masked_speech import MaskedSpeech
 from mm.train.mel_prediction import MelPrediction
+from mm.train.naming import Naming
 from mm.train.normalizing import Normalizing
 from mm.train.prosody_prediction import ProsodyPrediction
-from mm.train.reading import as_caption, first_question, media_of, split_answer
+from mm.train.reading import as_caption, exchanges, first_question, media_of, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
 from mm.train.vocoding import Vocoding
@@ -114,6 +115,8 @@ def make_objective(config: TrainConfig) -> Objective:
             return Spelling(config)
         case "token-ctc":
             return Aligning(config, load_model(config))
+        case "caption-words":
+            return Naming(config, load_model(config))
         case "next-token":
             return NextToken(config)
         case "rules":
@@ -136,6 +139,7 @@ class ConversationReader:
         max_tokens: longer samples are refused.
         augment: how recordings are varied for training.
         medium: kind of medium that the stage learns from.
+        one_question: names of the sources whose conversations give one question: the first, or in training any.
     """
 
     processor: Processor
@@ -144,12 +148,20 @@ class ConversationReader:
     max_tokens: int
     augment: AugmentConfig
     medium: str
+    one_question: frozenset[str] = frozenset()
 
-    def messages(self, raw: RawSample) -> list[dict[str, Any]]:
-        return as_caption(raw) if self.styles[raw.source] == "plain" else raw.messages
+    def messages(self, raw: RawSample, *, draw: bool = False) -> list[dict[str, Any]]:
+        """What is read of a sample; `draw` takes any question where one is enough."""
+        if self.styles[raw.source] == "plain":
+            return as_caption(raw)
+        if raw.source not in self.one_question:
+            return raw.messages
+        questions = exchanges(raw)
+        return questions[int(torch.randint(len(questions), ())) if draw else 0]
 
     def length(self, raw: RawSample) -> int:
-        encoded = self.processor.tokenize(self.messages(raw), style=self.styles[raw.source])
+        # Draws what `prepare` will: the stream seeds both alike, and this is the first thing that either draws.
+        encoded = self.processor.tokenize(self.messages(raw, draw=True), style=self.styles[raw.source])
         speech, n_audio_tokens = self.processor.speech, 0
         if speech and any(span.kind == "audio" for span in encoded.media):
             n_samples = speech_length(raw) * speech.features.sample_rate // 1000
@@ -163,7 +175,7 @@ class ConversationReader:
             self._check_question(raw)
         vary = self.augment if augment else UNVARIED
         sample = self.processor.encode(
-            self.messages(raw),
+            self.messages(raw, draw=augment),
             style=self.styles[raw.source],
             key=f"{raw.source}/{raw.key}",
             augment_audio=vary.vary_waveform,
@@ -219,6 +231,7 @@ class NextToken:
             min(config.data.max_tokens or max_seq_len, max_seq_len),
             config.data.augment,
             config.medium,
+            frozenset(source.name for source in sources if source.one_question),
         )
 
     def loss(self, batch: Batch) -> Tensor:

@@ -37,6 +37,27 @@ def as_caption(raw: RawSample) -> list[dict[str, Any]]:
     return [{"role": "user", "content": seen}, caption]
 
 
+def exchanges(raw: RawSample) -> list[list[dict[str, Any]]]:
+    """Each question of a sample by itself: the system's message, all media so far, what is asked, and the answer.
+
+    Raises:
+        ValueError: the assistant never speaks.
+    """
+    system = [message for message in raw.messages if message["role"] == "system"]
+    found: list[list[dict[str, Any]]] = []
+    seen: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+    for message in raw.messages:
+        if message["role"] == "user":
+            asked += message["content"]
+        elif message["role"] == "assistant":
+            found.append([*system, {"role": "user", "content": seen + asked}, message])
+            seen, asked = seen + [part for part in asked if part["type"] != "text"], []
+    if not found:
+        raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no answer")
+    return found
+
+
 def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """A sample's messages before its first answer, and that answer; later ones may be read off those before them.
 

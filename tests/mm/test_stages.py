@@ -10,6 +10,7 @@ from mm.checkpoint import debug_model
 from mm.stages import STAGES, LearningRates, apply, part_of
 from mm.train.discriminators import Discriminators
 from mm.train.loss import next_token_loss
+from mm.train.naming import NamingModel
 from speech.acoustic import PRESETS as ACOUSTICS
 from speech.acoustic import AcousticModel
 from speech.bestrq import BestRQ, BestRQConfig
@@ -33,8 +34,9 @@ MATRIX = {
     "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
-    "video": {"video_adapter", "new_tokens"},
-    "video-sft": {"video_adapter", "new_tokens"},
+    "video-align": {"aggregator", "head"},
+    "video": {"aggregator", "video_adapter", "new_tokens"},
+    "video-sft": {"aggregator", "video_adapter", "new_tokens"},
     "speech-encoder": {"speech_encoder", "head"},
     "speech-ctc": {"speech_encoder", "head"},
     "speech-align": {"speech_encoder", "speech_adapter", "head"},
@@ -57,6 +59,10 @@ def model_of(stage: str) -> nn.Module:
         whole = debug_model()
         assert whole.speech_encoder is not None and whole.speech_adapter is not None
         return TokenCTC(whole.speech_encoder, whole.speech_adapter, Letters(), whole.lm.embed_tokens.weight[:28])
+    if stage == "video-align":
+        whole = debug_model()
+        assert whole.image_encoder is not None and whole.video_adapter is not None
+        return NamingModel(whole.image_encoder, whole.video_adapter, torch.zeros(3))
     if stage == "tts-normalizer":
         return nn.ModuleDict({"normalizer": TextNormalizer(NormalizerConfig(dim=12, n_heads=2))})
     if stage == "tts-prosody":
@@ -83,7 +89,7 @@ def test_exactly_the_papers_parts_train(stage: str) -> None:
 def test_applying_again_and_after_another_stage_gives_the_same(stage: str) -> None:
     fresh, used = model_of(stage), model_of(stage)
     apply(STAGES[stage], fresh, RATES)
-    apply(STAGES[stage], used, LearningRates(encoder=1.0, gates=1.0, normalizer=1.0, voice=1.0))
+    apply(STAGES[stage], used, LearningRates(encoder=1.0, gates=1.0, head=1.0, normalizer=1.0, voice=1.0))
     apply(STAGES[stage], used, RATES)
     apply(STAGES[stage], used, RATES)
     for (name, a), b in zip(fresh.named_parameters(), used.parameters(), strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import itertools
 import json
 import runpy
 import sys
@@ -16,15 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.shards import Sample as RawSample
+from data.shards import write_shard
 from mm.checkpoint import debug_model
 from mm.config import from_mapping
 from mm.model import MultimodalLlama
 from mm.stages import STAGES
-from mm.train.config import TrainConfig, default_path, load_config
+from mm.train.config import SourceConfig, TrainConfig, default_path, load_config
 from mm.train.launch import main
 from mm.train.loss import ChunkedCrossEntropy, next_token_loss
 from mm.train.optim import schedule
-from mm.train.reading import first_question, split_answer
+from mm.train.reading import exchanges, first_question, split_answer
 from mm.train.run_log import read_log
 from mm.train.trainer import Collate, Trainer, TrainingError
 
@@ -185,6 +189,7 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     rates = config.optim.lr
     rated = {
         "image-encoder": {"encoder"},
+        "video-align": {"adapter", "head"},
         "video": {"adapter", "gates"},
         "video-sft": {"adapter", "gates"},
         "speech-encoder": {"encoder", "head"},
@@ -336,3 +341,60 @@ def test_samples_are_asked_their_first_question_alone() -> None:
     assert split_answer(raw, messages) == (messages[:1], "moves left") and first_question(raw) == said[0]
     with pytest.raises(ValueError, match="sample 'a' of 'made' has no answer"):
         split_answer(raw, messages[:1])
+
+
+def test_exchanges_keep_the_media_and_nothing_else_of_earlier_turns() -> None:
+    system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    first, second = ({"type": "image", "image": name} for name in (b"1", b"2"))
+    asked = [{"type": "text", "text": text} for text in ("What is it?", "And this?", "And its colour?")]
+    answers = [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in ("a cat", "a cup", "red")]
+    turns = [[first, asked[0]], [asked[1], second], [asked[2]]]
+    messages = [system]
+    for turn, answer in zip(turns, answers, strict=True):
+        messages += [{"role": "user", "content": turn}, answer]
+    left_over = {"role": "user", "content": [{"type": "text", "text": "Thanks."}]}
+    raw = RawSample(key="a", source="made", messages=[*messages, left_over], metadata={})
+    contents = [turns[0], [first, *turns[1]], [first, second, *turns[2]]]
+    assert exchanges(raw) == [
+        [system, {"role": "user", "content": content}, answer]
+        for content, answer in zip(contents, answers, strict=True)
+    ]
+    with pytest.raises(ValueError, match="sample 'a' of 'made' has no answer"):
+        exchanges(RawSample(key="a", source="made", messages=[left_over], metadata={}))
+
+
+def test_one_question_of_a_conversation_is_drawn_anew_each_time(run_data: dict[str, Any], tmp_path: Path) -> None:
+    """Answers can then not be read off each other, batches are sorted by what is really read, and samples stay the first."""
+    file = io.BytesIO()
+    Image.new("RGB", (30, 30), "red").save(file, "PNG")
+    turns = [{"from": "human", "value": "<image>\nShape?"}, {"from": "gpt", "value": "disc"}]
+    turns += [{"from": "human", "value": "And what is its colour?"}, {"from": "gpt", "value": "red"}]
+    path = tmp_path / "conversations.tar"
+    write_shard(path, [{"__key__": str(i), "png": file.getvalue(), "json": {"conversations": turns}} for i in range(3)])
+    source = {"path": str(path), "one_question": True}
+    run_data["data"] |= {"sources": [source], "heldout": [source], "window": 8}
+    trainer = make_trainer(run_data, batch_size=1, micro_batch_size=1)
+    decode = trainer.model.processor.chat.tokenizer.decode
+
+    def read(trainer: Trainer, n: int) -> list[str]:
+        batches = itertools.islice(trainer.stream, n)
+        return [decode(batch.micro_batches[0].ids_BT[0].tolist()) for batch in batches]
+
+    texts = read(trainer, 24)
+    assert all(("disc" in text) != ("colour" in text) for text in texts)
+    assert {"disc" in text for text in texts} == {True, False}
+    assert texts != texts[:8] * 3  # of the same sample, another question
+    for seed in range(8):
+        torch.manual_seed(seed)
+        length = trainer.objective.reader.length(trainer.heldout[0])
+        torch.manual_seed(seed)
+        assert len(trainer.objective.reader.prepare(trainer.heldout[0], augment=True).ids) == length
+    state = make_trainer(run_data, batch_size=1, micro_batch_size=1)
+    state.stream.load_state_dict({**state.stream.state_dict(), "batches": 10})
+    assert read(state, 14) == texts[10:]
+    assert trainer.objective.reader.answer(trainer.heldout[0]) == "disc"
+    with pytest.raises(ValueError, match=r"one_question of .*: style plain reads captions"):
+        make_trainer(run_data | {"data": {"sources": [source | {"style": "plain"}], "heldout": [source]}})
+    with pytest.raises(ValueError, match=r"one_question of .*: stage image-encoder does not read it"):
+        contrastive = load_config(default_path("image-encoder"), [f"output={tmp_path}"])
+        dataclasses.replace(contrastive, data=dataclasses.replace(contrastive.data, sources=[SourceConfig(**source)]))

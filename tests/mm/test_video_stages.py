@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.shards import write_shard
+from data.shards import open_source, write_shard
 from lm.checkpoint import load_llama
 from mm.checkpoint import compose, debug_model
 from mm.config import from_mapping
@@ -111,8 +112,10 @@ def test_a_step_moves_all_that_trains_and_nothing_else(stage: str, data: dict[st
     assert moved.tolist() == [trainer.model.config.media_ids["video"] - trainer.model.config.lm.vocab_size]
 
 
-def test_the_cut_into_micro_batches_changes_nothing(data: dict[str, Any]) -> None:
-    trainer = make_trainer(data)
+@pytest.mark.parametrize("stage", ["video-align", "video"])
+def test_the_cut_into_micro_batches_changes_nothing(stage: str, data: dict[str, Any]) -> None:
+    data["optim"]["lr"]["head"] = 1e-3
+    trainer = make_trainer(data, stage)
     whole = trainer.accumulate(heldout_batch(trainer))
     expected = {name: grad.clone() for name, grad in gradients(trainer).items()}
     for size in (1, 3):
@@ -139,12 +142,61 @@ def test_debug_model_memorises_clips_of_which_two_differ_in_order_alone(data: di
         assert model.generate(video=clip, style="plain", max_new_tokens=12).text == colours
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(data: dict[str, Any], tmp_path: Path) -> None:
+def test_captions_as_sets_of_words_train_the_aggregator_and_nothing_that_stays_but_it(data: dict[str, Any]) -> None:
+    data["optim"]["lr"] = {"adapter": 1e-3, "head": 1e-3}
+    trainer = make_trainer(data, "video-align")
+    before = {name: tensor.clone() for name, tensor in trainer.objective.whole.state_dict().items()}
+    for _ in range(2):  # the last layer of the head starts as nothing
+        trainer.train_step(next(iter(trainer.stream)))
+    changed = {n for n, t in trainer.objective.whole.state_dict().items() if not torch.equal(t, before[n])}
+    frames = {n for n in before if n.startswith(("video_adapter.projection.", "video_adapter.aggregator."))}
+    assert changed == frames
+    assert set(trainer.trained) == frames | {n for n, _ in trainer.model.named_parameters() if n.startswith("head.")}
+
+
+def test_a_debug_model_tells_the_words_of_four_captions_and_video_goes_on_from_there(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    data["data"] |= {"window": 1, "feature_cache": str(tmp_path / "features")}
+    data["optim"] |= {"steps": 60, "micro_batch_size": 4, "lr": {"adapter": 1e-2, "head": 1e-2}}
+    data |= {"eval": {"every": 1000, "samples": 4, "pictures": 4}}
+    trainer = make_trainer(data, "video-align")
+    assert sorted(trainer.objective.words) == ["blue", "green", "red"]
+    export = trainer.train()
+    first, *_, last = read_log(tmp_path / "run")
+    assert last["heldout/words"] == 1.0 and last["heldout/loss"] < 0.3 < 1.5 < first["loss"]
+    with Image.open(tmp_path / "run" / "samples" / "step_000060.png") as sheet:
+        assert sheet.width >= 4 * 100
+    rates = {"adapter": 1e-3, "gates": 1e-3}
+    config = data | {"output": str(tmp_path / "video"), "model": {"init_from": str(export)}}
+    after = make_trainer(config | {"optim": data["optim"] | {"lr": rates}}).model.state_dict()
+    name = "video_adapter.aggregator.layers.0.mlp.up_proj.weight"
+    assert torch.equal(after[name], trainer.objective.whole.state_dict()[name])
+
+
+def test_words_need_captions_and_one_clip(data: dict[str, Any], clip_shard: Path, tmp_path: Path) -> None:
+    data["optim"]["lr"] = {"adapter": 1e-3, "head": 1e-3}
+    reader = make_trainer(data, "video-align").objective.reader
+    raw = open_source(str(clip_shard), name="clips")[0]
+    with pytest.raises(ValueError, match="has no caption"):
+        reader.prepare(replace(raw, caption=None))
+    with pytest.raises(ValueError, match="the sample has 2 clips; this stage learns from samples with one"):
+        reader.prepare(replace(raw, messages=[*raw.messages, *raw.messages]))
+    clip = next(part["video"] for part in raw.messages[0]["content"] if part["type"] == "video")
+    write_shard(tmp_path / "mute.tar", [{"__key__": "a", "mp4": clip}])
+    mute = {"path": str(tmp_path / "mute.tar")}
+    with pytest.raises(ValueError, match=r"data.sources: no sample has a caption \(.txt\)"):
+        make_trainer(data | {"data": {"sources": [mute], "heldout": [mute]}}, "video-align")
+
+
+@pytest.mark.parametrize("stage", ["video-align", "video"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage: str, data: dict[str, Any], tmp_path: Path) -> None:
     """Also where one run finds all features on disk, and the other makes them."""
+    data["optim"]["lr"]["head"] = 1e-3
     cached = data["data"] | {"feature_cache": str(tmp_path / "features")}
     whole, stopped = ({"output": str(tmp_path / name), "data": cached} for name in ("whole", "stopped"))
-    make_trainer(data, **whole).train()
-    trainer = make_trainer(data, **stopped)
+    make_trainer(data, stage, **whole).train()
+    trainer = make_trainer(data, stage, **stopped)
     step = trainer.train_step
 
     def stopping(batch: Any) -> dict[str, float]:
@@ -153,7 +205,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(data: dict[str, Any], tmp_p
 
     trainer.train_step = stopping  # type: ignore[method-assign]
     assert trainer.train() is None and trainer.step == 2
-    make_trainer(data, **stopped).train()
+    make_trainer(data, stage, **stopped).train()
     keys = ("step", "loss", "grad_norm")
     logs = [
         [[record[key] for key in keys] for record in read_log(tmp_path / name) if "loss" in record]

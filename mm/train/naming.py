@@ -1,0 +1,206 @@
+"""Stage video-align, a warm start for small budgets: effective frames must tell which words their clip's caption has.
+
+The language model never runs, so that a step takes a fraction of the time that the same clips take in `video`; and every word is
+asked about at once. What it says about which object does what is left to the stages after.
+
+Shape letters: V clips, X tokens of all effective frames of a clip, W their width, Q queries, A words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data.shards import Sample as RawSample
+from mm.model import MultimodalLlama
+from mm.processor import Batch, Processor, Sample
+from mm.sheet import Shown
+from mm.train.config import TrainConfig
+from mm.train.feature_cache import FeatureCache
+from mm.train.reading import as_caption, media_of, open_training_source
+from mm.train.showing import picture_of
+from video.adapter import VideoAdapter
+from video.clips import Clips, encode_frames
+from vision.encoder import ImageEncoder
+
+#: Words that are asked about: the commonest of the captions.
+MOST_WORDS = 10_000
+N_QUERIES, HIDDEN = 8, 256
+
+
+def words_of(caption: str) -> list[str]:
+    """Words in lower case, each once."""
+    return sorted(set(re.findall(r"\w+", caption.lower())))
+
+
+@dataclass
+class Named:
+    """A clip and the words of its caption, by their numbers."""
+
+    clip: Sample
+    words: list[int]
+
+
+@dataclass
+class NamedClips:
+    """A batch of clips, and which words the caption of each has."""
+
+    batch: Batch
+    has_VA: Tensor
+
+    @property
+    def keys(self) -> list[str]:
+        return self.batch.keys
+
+    def to(self, device: torch.device | str) -> NamedClips:
+        return NamedClips(self.batch.to(device), self.has_VA.to(device))
+
+
+@dataclass(frozen=True)
+class NamingReader:
+    """Reads each sample as its one clip and the words of its caption."""
+
+    processor: Processor
+    words: dict[str, int] = field(repr=False)
+
+    def length(self, raw: RawSample) -> int:
+        return 0  # clips have about as many frames each
+
+    def prepare(self, raw: RawSample, *, augment: bool = False) -> Named:
+        if (n_clips := len(media_of(raw, "video"))) != 1:
+            raise ValueError(f"the sample has {n_clips} clips; this stage learns from samples with one")
+        sample = self.processor.encode(as_caption(raw), style="plain", key=f"{raw.source}/{raw.key}")
+        return Named(sample, [self.words[word] for word in words_of(raw.caption or "") if word in self.words])
+
+    def count(self, sample: Named) -> int:
+        return 1
+
+    def collate(self, samples: Sequence[Named]) -> NamedClips:
+        has_VA = torch.zeros(len(samples), len(self.words))
+        for row_A, sample in zip(has_VA, samples, strict=True):
+            row_A[sample.words] = 1
+        return NamedClips(self.processor.collate([sample.clip for sample in samples]), has_VA)
+
+
+class WordHead(nn.Module):
+    """Log-odds `(V, A)` of words, from what a few learned queries find among a clip's effective frames."""
+
+    def __init__(self, width: int, odds_A: Tensor) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Parameter(torch.randn(N_QUERIES, width) * width**-0.5)
+        self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(N_QUERIES * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, len(odds_A)))
+        nn.init.zeros_(self.mlp[-1].weight)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.mlp[-1].bias.copy_(odds_A)  # type: ignore[operator, union-attr]
+
+    def forward(self, x_VXW: Tensor, valid_VX: Tensor) -> Tensor:
+        x_VXW = self.norm(x_VXW)
+        queries_VQW = self.queries.expand(len(x_VXW), -1, -1)
+        found_VQW = F.scaled_dot_product_attention(
+            queries_VQW, self.k_proj(x_VXW), self.v_proj(x_VXW), attn_mask=valid_VX[:, None], is_causal=False
+        )
+        return self.mlp(found_VQW.flatten(1))
+
+
+class NamingModel(nn.Module):
+    """A model's frozen eyes, its video part, and the head that is thrown away."""
+
+    def __init__(self, encoder: ImageEncoder, adapter: VideoAdapter, odds_A: Tensor) -> None:
+        super().__init__()
+        self.image_encoder, self.video_adapter = encoder, adapter
+        self.head = WordHead(adapter.config.memory_dim, odds_A)
+
+    def forward(self, clips: Clips, features_PNLF: Tensor | None = None) -> Tensor:
+        """Log-odds `(V, A)`; `features_PNLF` are what the eyes see where that is known already."""
+        if features_PNLF is None:
+            features_PNLF = encode_frames(self.image_encoder, clips.frames)
+        x_ENLW, n_effective_V = self.video_adapter.effective_frames(features_PNLF, clips)
+        tokens = [
+            frames_ENLW[:, valid_N].flatten(0, 2)
+            for frames_ENLW, valid_N in zip(x_ENLW.split(n_effective_V.tolist()), clips.valid_VN, strict=True)
+        ]
+        valid_VX = pad_sequence([x_XW.new_ones(len(x_XW), dtype=torch.bool) for x_XW in tokens], batch_first=True)
+        return self.head(pad_sequence(tokens, batch_first=True), valid_VX)
+
+
+class Naming:
+    """A model whose video part learns what there is to see, and how it moves, from captions as sets of words.
+
+    Every caption of the run is read once at the start, for the words.
+    """
+
+    def __init__(self, config: TrainConfig, whole: MultimodalLlama) -> None:
+        assert whole.video_adapter is not None and whole.image_encoder is not None
+        self.whole = whole
+        cache = config.data.feature_cache
+        self.features = FeatureCache(cache, whole.image_encoder) if cache is not None else None
+        counts, n_captions = _count_words(config)
+        self.words = [word for word, _ in counts.most_common(MOST_WORDS)]
+        if not self.words:
+            raise ValueError("data.sources: no sample has a caption (.txt), from which this stage learns")
+        share_A = torch.tensor([counts[word] / n_captions for word in self.words]).clamp(max=0.99)
+        self.model = NamingModel(whole.image_encoder, whole.video_adapter, share_A.logit())
+        self.reader = NamingReader(whole.processor, {word: i for i, word in enumerate(self.words)})
+
+    def loss(self, batch: NamedClips) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self._log_odds(batch).float(), batch.has_VA, reduction="sum")
+
+    def _log_odds(self, batch: NamedClips) -> Tensor:
+        clips = batch.batch.clips
+        assert clips is not None
+        return self.model(clips, self.features(clips) if self.features is not None else None)
+
+    def n_tokens(self, batch: NamedClips) -> int:
+        """Tokens that the encoder makes of the frames."""
+        assert batch.batch.clips is not None
+        return int(batch.batch.clips.frames.valid_PN.sum()) * self.model.image_encoder.config.n_tokens
+
+    def audio_seconds(self, batch: NamedClips) -> float:
+        return 0.0
+
+    def gauges(self) -> dict[str, float]:
+        return {}
+
+    def freeze_precision(self) -> None:
+        """Nothing: frozen eyes go into the export."""
+
+    @torch.no_grad()
+    def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
+        """The prediction is as many of the likeliest words as the caption has; the score is the share of them that it has."""
+        rows, n_right, n_words = [], 0, 0
+        for raw in raws:
+            batch = self.reader.collate([self.reader.prepare(raw)]).to(self.model.head.queries.device)
+            wanted = {self.words[i] for i in batch.has_VA[0].nonzero()[:, 0].tolist()}
+            likely = [self.words[i] for i in self._log_odds(batch)[0].topk(len(wanted)).indices.tolist()]
+            rows.append(Shown(picture_of(raw, None), raw.key, " ".join(sorted(wanted)), " ".join(sorted(likely))))
+            n_right, n_words = n_right + len(wanted.intersection(likely)), n_words + len(wanted)
+        return rows, {"words": n_right / max(n_words, 1)}
+
+    def export(self, directory: Path) -> None:
+        self.whole.save_pretrained(directory)
+
+
+def _count_words(config: TrainConfig) -> tuple[Counter[str], int]:
+    """In how many captions each word is, and how many captions there are; bad samples are the stream's to count."""
+    counts: Counter[str] = Counter()
+    n_captions = 0
+    for source in config.data.sources:
+        opened = open_training_source(source, hears=False)
+        for i in tqdm(range(len(opened)), desc=f"reading {source.name}", unit="caption", leave=False, delay=2):
+            with suppress(ValueError):
+                if caption := opened[i].caption:
+                    counts.update(words_of(caption))
+                    n_captions += 1
+    return counts, n_captions

@@ -1,0 +1,89 @@
+"""Local motion: that it starts as nothing, looks around in time and place and no further, and never mixes clips or tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.video.test_aggregator import CONFIG, GRIDS, N_FRAMES, WIDTH, make_clips, make_features
+from video.aggregator import TemporalAggregator
+from video.clips import Clips
+from video.motion import LocalMotion
+
+SIDE = 5
+N_TOKENS = SIDE * SIDE + 1
+
+
+def make_motion() -> LocalMotion:
+    motion = LocalMotion(WIDTH, 6, 1e-5)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in motion.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return motion.eval()
+
+
+def features_of(clips: Clips) -> Tensor:
+    return make_features(clips, n_tokens=N_TOKENS)
+
+
+def test_at_first_it_is_nothing():
+    clips = make_clips()
+    assert torch.equal(LocalMotion(WIDTH, 6, 1e-5)(features_of(clips), clips), features_of(clips))
+
+
+def test_a_clip_in_a_batch_equals_the_clip_alone():
+    motion, clips = make_motion(), make_clips()
+    features = features_of(clips)
+    together = motion(features, clips).split(N_FRAMES)
+    for mine, own, n, grid in zip(features.split(N_FRAMES), together, N_FRAMES, GRIDS, strict=True):
+        n_tiles = grid[0] * grid[1]
+        alone = motion(mine[:, :n_tiles], make_clips((n,), (grid,), n_tiles))
+        assert not torch.allclose(alone, mine[:, :n_tiles], atol=1e-2)
+        torch.testing.assert_close(own[:, :n_tiles], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_tiles_are_never_read():
+    motion, clips = make_motion(), make_clips()
+    features, valid_PN = features_of(clips), clips.frames.valid_PN
+    hostile = features.masked_fill(~valid_PN[..., None, None], torch.nan)
+    assert torch.equal(motion(features, clips)[valid_PN], motion(hostile, clips)[valid_PN])
+
+
+def test_it_sees_seven_frames_and_three_patches_around_and_no_class_token():
+    motion, clips = make_motion(), make_clips((20,), ((1, 2),), n_tiles=2)
+    features = features_of(clips)
+    features.requires_grad_()
+    corner = 1  # the token after the class token is the top left patch
+    motion(features, clips)[10, 1, corner].sum().backward()
+    assert features.grad is not None
+    seen_TNL = features.grad.abs().sum(-1) > 0
+    assert seen_TNL.any((1, 2)).nonzero().flatten().tolist() == list(range(3, 18))
+    assert seen_TNL.any((0, 2)).tolist() == [False, True]
+    around = seen_TNL[:, 1, 1:].any(0).unflatten(0, (SIDE, SIDE))
+    assert around[:4, :4].all() and not around[4:].any() and not around[:, 4:].any()
+    assert not seen_TNL[:, :, 0].any()
+    assert torch.equal(motion(features, clips)[:, :, 0], features[:, :, 0])
+
+
+def test_an_aggregator_with_it_tells_a_clip_from_its_reverse_within_a_group():
+    """Also where time is switched off, so that it is the convolutions that tell."""
+    aggregator = TemporalAggregator(dataclasses.replace(CONFIG, n_tokens=N_TOKENS, motion_channels=6, factor=5)).eval()
+    with torch.no_grad():
+        aggregator.time_scale.zero_()
+        aggregator.time_shift.zero_()
+        clips = make_clips((5,), ((1, 1),), n_tiles=1)
+        features = features_of(clips)
+        torch.testing.assert_close(aggregator(features, clips)[0], aggregator(features.flip(0), clips)[0])
+        assert aggregator.motion is not None
+        torch.nn.init.normal_(aggregator.motion.up_proj.weight)
+        apart = aggregator(features, clips)[0] - aggregator(features.flip(0), clips)[0]
+    assert apart.abs().mean() > 1e-3
+
+
+def test_tiles_that_are_no_square_are_refused():
+    with pytest.raises(ValueError, match="motion_channels: 7 tokens are no class token and a square of patches"):
+        dataclasses.replace(CONFIG, n_tokens=7, motion_channels=4)
