@@ -197,13 +197,16 @@ class TemporalAggregator(nn.Module):
 
     @torch.no_grad()
     def start_as_mean(self, size: float) -> None:
-        """Starts from the means of groups, in which time scales the channels; its layers as nothing, which they can learn to leave.
+        """Starts from the means of groups, in which time scales the channels; its layers as nothing, which they can learn to leave;
+        local motion as large as the tokens.
 
         Args:
             size: root mean square of the tokens, which its last norm would else bring to one.
         """
         self.latents.zero_()
         self.norm.weight.fill_(size)
+        if self.motion is not None:
+            self.motion.start_at(size)
         for layer in self.layers:
             assert isinstance(layer, PerceiverLayer)
             layer.self_attn.o_proj.weight.zero_()

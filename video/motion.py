@@ -24,7 +24,10 @@ STRIDES = (1, 2, 4)
 
 
 class LocalMotion(nn.Module):
-    """Adds to the tokens of patches what happens around them; starts as nothing. Clips and tiles never see each other."""
+    """Adds to the tokens of patches what happens around them. Clips and tiles never see each other.
+
+    What it adds starts as noise as large as `start_at` says. Smaller than the tokens, it is hardly ever found (docs/LOG.md).
+    """
 
     def __init__(self, width: int, n_channels: int, norm_eps: float) -> None:
         super().__init__()
@@ -33,8 +36,13 @@ class LocalMotion(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv3d(n_channels, n_channels, 3, padding=(stride, 1, 1), dilation=(stride, 1, 1)) for stride in STRIDES
         )
+        self.out_norm = RMSNorm(n_channels, norm_eps)
         self.up_proj = nn.Linear(n_channels, width, bias=False)
-        nn.init.zeros_(self.up_proj.weight)
+        self.start_at(1.0)
+
+    def start_at(self, size: float) -> None:
+        """Starts with a root mean square of `size`."""
+        nn.init.normal_(self.up_proj.weight, std=size * self.up_proj.in_features**-0.5)
 
     def forward(self, x_PNLW: Tensor, clips: Clips) -> Tensor:
         """Tokens of all frames, the class token of each tile first; padded tiles give nothing that is read."""
@@ -56,4 +64,4 @@ class LocalMotion(nn.Module):
         y_VCTYX = self.down_proj(self.norm(x_VTLW)).unflatten(2, (side, side)).movedim(-1, 1)
         for conv in self.convs:
             y_VCTYX = F.gelu(conv(y_VCTYX))
-        return self.up_proj(y_VCTYX.movedim(1, -1).flatten(2, 3))
+        return self.up_proj(self.out_norm(y_VCTYX.movedim(1, -1).flatten(2, 3)))

@@ -3,7 +3,7 @@
 The language model never runs, so that a step takes a fraction of the time that the same clips take in `video`; and every word is
 asked about at once. What it says about which object does what is left to the stages after.
 
-Shape letters: V clips, X tokens of all effective frames of a clip, W their width, Q queries, A words.
+Shape letters: V clips, X tokens of all effective frames of a clip, W their width, H hidden width of the head, A words.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.shards import Sample as RawSample
@@ -35,7 +34,7 @@ from vision.encoder import ImageEncoder
 
 #: Words that are asked about: the commonest of the captions.
 MOST_WORDS = 10_000
-N_QUERIES, HIDDEN = 8, 256
+HIDDEN = 256
 
 
 def words_of(caption: str) -> list[str]:
@@ -93,25 +92,26 @@ class NamingReader:
 
 
 class WordHead(nn.Module):
-    """Log-odds `(V, A)` of words, from what a few learned queries find among a clip's effective frames."""
+    """Log-odds `(V, A)` of words, from the mean and the largest of what the tokens of a clip's effective frames tell.
+
+    The largest, because what a word means may be at one place alone: attention takes far longer to find it (docs/LOG.md).
+    """
 
     def __init__(self, width: int, odds_A: Tensor) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.queries = nn.Parameter(torch.randn(N_QUERIES, width) * width**-0.5)
-        self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(N_QUERIES * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, len(odds_A)))
-        nn.init.zeros_(self.mlp[-1].weight)  # type: ignore[arg-type]
+        self.norm, self.hidden = nn.LayerNorm(width), nn.Linear(width, HIDDEN)
+        self.pooled, self.words = nn.Linear(2 * HIDDEN, HIDDEN), nn.Linear(HIDDEN, len(odds_A))
+        nn.init.zeros_(self.words.weight)
         with torch.no_grad():
-            self.mlp[-1].bias.copy_(odds_A)  # type: ignore[operator, union-attr]
+            self.words.bias.copy_(odds_A)
 
-    def forward(self, x_VXW: Tensor, valid_VX: Tensor) -> Tensor:
-        x_VXW = self.norm(x_VXW)
-        queries_VQW = self.queries.expand(len(x_VXW), -1, -1)
-        found_VQW = F.scaled_dot_product_attention(
-            queries_VQW, self.k_proj(x_VXW), self.v_proj(x_VXW), attn_mask=valid_VX[:, None], is_causal=False
-        )
-        return self.mlp(found_VQW.flatten(1))
+    def forward(self, clips: Sequence[Tensor]) -> Tensor:
+        """Of the tokens `(X, W)` of each clip."""
+        pooled = []
+        for x_XW in clips:
+            told_XH = F.gelu(self.hidden(self.norm(x_XW)))
+            pooled.append(torch.cat([told_XH.mean(0), told_XH.amax(0)]))
+        return self.words(F.gelu(self.pooled(torch.stack(pooled))))
 
 
 class NamingModel(nn.Module):
@@ -127,12 +127,8 @@ class NamingModel(nn.Module):
         if features_PNLF is None:
             features_PNLF = encode_frames(self.image_encoder, clips.frames)
         x_ENLW, n_effective_V = self.video_adapter.effective_frames(features_PNLF, clips)
-        tokens = [
-            frames_ENLW[:, valid_N].flatten(0, 2)
-            for frames_ENLW, valid_N in zip(x_ENLW.split(n_effective_V.tolist()), clips.valid_VN, strict=True)
-        ]
-        valid_VX = pad_sequence([x_XW.new_ones(len(x_XW), dtype=torch.bool) for x_XW in tokens], batch_first=True)
-        return self.head(pad_sequence(tokens, batch_first=True), valid_VX)
+        effective = zip(x_ENLW.split(n_effective_V.tolist()), clips.valid_VN, strict=True)
+        return self.head([frames_ENLW[:, valid_N].flatten(0, 2) for frames_ENLW, valid_N in effective])
 
 
 class Naming:
@@ -181,7 +177,7 @@ class Naming:
         """The prediction is as many of the likeliest words as the caption has; the score is the share of them that it has."""
         rows, n_right, n_words = [], 0, 0
         for raw in raws:
-            batch = self.reader.collate([self.reader.prepare(raw)]).to(self.model.head.queries.device)
+            batch = self.reader.collate([self.reader.prepare(raw)]).to(self.model.head.words.weight.device)
             wanted = {self.words[i] for i in batch.has_VA[0].nonzero()[:, 0].tolist()}
             likely = [self.words[i] for i in self._log_odds(batch)[0].topk(len(wanted)).indices.tolist()]
             rows.append(Shown(picture_of(raw, None), raw.key, " ".join(sorted(wanted)), " ".join(sorted(likely))))

@@ -30,9 +30,13 @@ def features_of(clips: Clips) -> Tensor:
     return make_features(clips, n_tokens=N_TOKENS)
 
 
-def test_at_first_it_is_nothing():
-    clips = make_clips()
-    assert torch.equal(LocalMotion(WIDTH, 6, 1e-5)(features_of(clips), clips), features_of(clips))
+def test_it_starts_as_large_as_it_is_told():
+    """Features as large as tokens of an image part may be."""
+    motion, clips = LocalMotion(WIDTH, 6, 1e-5), make_clips()
+    motion.start_at(4.0)
+    features, valid_PN = 4 * features_of(clips), clips.frames.valid_PN
+    added = (motion(features, clips) - features)[valid_PN][:, 1:]
+    assert added.square().mean().sqrt().item() == pytest.approx(4.0, rel=0.4)
 
 
 def test_a_clip_in_a_batch_equals_the_clip_alone():
@@ -77,9 +81,10 @@ def test_an_aggregator_with_it_tells_a_clip_from_its_reverse_within_a_group():
         aggregator.time_shift.zero_()
         clips = make_clips((5,), ((1, 1),), n_tiles=1)
         features = features_of(clips)
-        torch.testing.assert_close(aggregator(features, clips)[0], aggregator(features.flip(0), clips)[0])
         assert aggregator.motion is not None
-        torch.nn.init.normal_(aggregator.motion.up_proj.weight)
+        aggregator.motion.up_proj.weight.zero_()
+        torch.testing.assert_close(aggregator(features, clips)[0], aggregator(features.flip(0), clips)[0])
+        aggregator.motion.start_at(1.0)
         apart = aggregator(features, clips)[0] - aggregator(features.flip(0), clips)[0]
     assert apart.abs().mean() > 1e-3
 
