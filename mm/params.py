@@ -34,13 +34,13 @@ _ROW_OF_PART = {
     "image_adapter": CROSS_ATTENTION,
     "speech_encoder": CONFORMER,
     "speech_adapter": SPEECH_ADAPTER,
+    "aggregator": AGGREGATOR,
     "video_adapter": VIDEO_CROSS_ATTENTION,
 }
 #: Rows of what is counted apart from the rest of its part, by the beginning of its names.
 _ROW_OF_PREFIX = {
     "image_adapter.projection.": PROJECTION,
     "video_adapter.projection.": VIDEO_PROJECTION,
-    "video_adapter.aggregator.": AGGREGATOR,
 }
 
 
