@@ -22,6 +22,7 @@ PARTS: tuple[tuple[str, str], ...] = (
     (r"image_encoder\.gated_positional_embedding\.(tile_embedding|gate)$", "gated_layers"),
     (r"image_encoder\.", "vit"),
     (r"image_adapter\.", "image_adapter"),
+    # What makes effective frames of features.
     (r"video_adapter\.(projection|aggregator)\.", "aggregator"),
     (r"video_adapter\.", "video_adapter"),
     (r"(speech_encoder|encoder)\.", "speech_encoder"),  # in BEST-RQ's and the CTC model the encoder is alone
