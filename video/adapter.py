@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "n_time_steps": 8,
         },
     },
-    "bundled": {  # 2.8M parameters: three of seven image blocks; of three such threes these saw most (docs/LOG.md)
+    "bundled": {  # 3.1M parameters: three of seven image blocks; of three such threes these saw most (docs/LOG.md)
         "first": -5,
         "every": 2,
         "blocks": {"n_heads": 6, "n_kv_heads": 3, "ffn_dim": 64},
