@@ -3,7 +3,7 @@
 Every `factor` frames of a clip, its last ones perhaps fewer, are a group, and a group becomes one effective frame with as
 many tokens as a frame has. The paper says no more than that this is a perceiver resampler. Ours has Idefics2's layers:
 learned latents attend to all tokens of all frames of their group, and to themselves. Two things are our own, because on a
-small budget a resampler without them hardly notices that something moves:
+small budget a resampler without them hardly notices that something moves (a third, `video.motion`, comes before them):
 
 - A latent has a place. It starts from the mean over the frames of the tokens at that place, plus what is learned, so an
   effective frame keeps the layout of a frame.

@@ -26,7 +26,7 @@ STRIDES = (1, 2, 4)
 class LocalMotion(nn.Module):
     """Adds to the tokens of patches what happens around them. Clips and tiles never see each other.
 
-    What it adds starts as noise as large as `start_at` says. Smaller than the tokens, it is hardly ever found (docs/LOG.md).
+    What it adds starts as noise as large as `start_at` says. Smaller than the tokens, it was not found in 250 steps (docs/LOG.md).
     """
 
     def __init__(self, width: int, n_channels: int, norm_eps: float) -> None:

@@ -412,7 +412,7 @@ class TrainConfig:
         reads |= {"features": lm is not None, "one_question": self.stage_spec.loss == "next-token"}
         for source in sources:
             for key, is_read in reads.items():
-                if getattr(source, key) and not is_read:
+                if getattr(source, key) not in (None, False) and not is_read:
                     raise ValueError(f"{key} of {source.path}: stage {self.stage} does not read it; leave it out")
         if (self.hears or self.stage_spec.masks_prompts) and any(source.style != "chat" for source in sources):
             raise ValueError(

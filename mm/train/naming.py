@@ -11,22 +11,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.shards import Sample as RawSample
 from mm.model import MultimodalLlama
-from mm.processor import Batch, Processor, Sample
+from mm.processor import Processor, Sample
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.feature_cache import FeatureCache
-from mm.train.reading import as_caption, media_of, open_training_source
+from mm.train.reading import as_caption, media_of, read_once
 from mm.train.showing import picture_of
 from video.adapter import VideoAdapter
 from video.clips import Clips, encode_frames
@@ -54,15 +52,12 @@ class Named:
 class NamedClips:
     """A batch of clips, and which words the caption of each has."""
 
-    batch: Batch
+    clips: Clips
     has_VA: Tensor
-
-    @property
-    def keys(self) -> list[str]:
-        return self.batch.keys
+    keys: list[str]
 
     def to(self, device: torch.device | str) -> NamedClips:
-        return NamedClips(self.batch.to(device), self.has_VA.to(device))
+        return NamedClips(self.clips.to(device), self.has_VA.to(device), self.keys)
 
 
 @dataclass(frozen=True)
@@ -88,13 +83,16 @@ class NamingReader:
         has_VA = torch.zeros(len(samples), len(self.words))
         for row_A, sample in zip(has_VA, samples, strict=True):
             row_A[sample.words] = 1
-        return NamedClips(self.processor.collate([sample.clip for sample in samples]), has_VA)
+        batch = self.processor.collate([sample.clip for sample in samples])
+        assert batch.clips is not None
+        return NamedClips(batch.clips, has_VA, batch.keys)
 
 
 class WordHead(nn.Module):
     """Log-odds `(V, A)` of words, from the mean and the largest of what the tokens of a clip's effective frames tell.
 
-    The largest, because what a word means may be at one place alone: attention takes far longer to find it (docs/LOG.md).
+    The largest, because what a word means may be at one place alone; learned queries had not found it after as many steps
+    (docs/LOG.md).
     """
 
     def __init__(self, width: int, odds_A: Tensor) -> None:
@@ -154,14 +152,11 @@ class Naming:
         return F.binary_cross_entropy_with_logits(self._log_odds(batch).float(), batch.has_VA, reduction="sum")
 
     def _log_odds(self, batch: NamedClips) -> Tensor:
-        clips = batch.batch.clips
-        assert clips is not None
-        return self.model(clips, self.features(clips) if self.features is not None else None)
+        return self.model(batch.clips, self.features(batch.clips) if self.features is not None else None)
 
     def n_tokens(self, batch: NamedClips) -> int:
         """Tokens that the encoder makes of the frames."""
-        assert batch.batch.clips is not None
-        return int(batch.batch.clips.frames.valid_PN.sum()) * self.model.image_encoder.config.n_tokens
+        return int(batch.clips.frames.valid_PN.sum()) * self.model.image_encoder.config.n_tokens
 
     def audio_seconds(self, batch: NamedClips) -> float:
         return 0.0
@@ -192,11 +187,8 @@ def _count_words(config: TrainConfig) -> tuple[Counter[str], int]:
     """In how many captions each word is, and how many captions there are; bad samples are the stream's to count."""
     counts: Counter[str] = Counter()
     n_captions = 0
-    for source in config.data.sources:
-        opened = open_training_source(source, hears=False)
-        for i in tqdm(range(len(opened)), desc=f"reading {source.name}", unit="caption", leave=False, delay=2):
-            with suppress(ValueError):
-                if caption := opened[i].caption:
-                    counts.update(words_of(caption))
-                    n_captions += 1
+    for caption in read_once(config.data.sources, lambda raw: raw.caption, hears=False, unit="caption"):
+        if caption:
+            counts.update(words_of(caption))
+            n_captions += 1
     return counts, n_captions

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from data.make.sentences import spoken, transcript
 from data.shards import Sample as RawSample
@@ -11,6 +14,8 @@ from data.shards import Source, open_source
 from data.speech import open_speech
 from mm.languages import asr_prompt, ast_prompt
 from mm.train.config import SourceConfig
+
+T = TypeVar("T")
 
 #: What the user says after a recording, given the language of the text; nothing where speech is to be answered.
 PROMPTS: Mapping[str | None, Callable[[str], str] | None] = {"asr": asr_prompt, "translation": ast_prompt}
@@ -26,6 +31,17 @@ def open_training_source(source: SourceConfig, *, hears: bool) -> Source:
         return open_source(source.path, name=source.name, image_folder=source.image_folder)
     prompt = PROMPTS.get(source.task)
     return open_speech(source.path, source.format, name=source.name, language=source.language, prompt=prompt)
+
+
+def read_once(
+    sources: Iterable[SourceConfig], read: Callable[[RawSample], T], *, hears: bool, unit: str
+) -> Iterator[T]:
+    """Something of every sample, before training; those that cannot be read are left out, and are the stream's to count."""
+    for source in sources:
+        opened = open_training_source(source, hears=hears)
+        for i in tqdm(range(len(opened)), desc=f"reading {source.name}", unit=unit, leave=False, delay=2):
+            with suppress(ValueError):
+                yield read(opened[i])
 
 
 def as_caption(raw: RawSample) -> list[dict[str, Any]]:

@@ -7,13 +7,11 @@ Shape letters: B rows, T mel frames (10 ms), M mel bins.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
@@ -23,7 +21,7 @@ from mm.processor import pad_frames, read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
 from mm.train.encoders import read_encoder, save_encoder
-from mm.train.reading import open_training_source, recording_of, spelling_of
+from mm.train.reading import read_once, recording_of, spelling_of
 from mm.train.showing import recognition_scores, share_right
 from speech.conformer import PRESETS, Conformer
 from speech.ctc import CTCModel, CTCProbe, Symbols, TokenCTC, n_frames_needed
@@ -184,8 +182,4 @@ class Aligning(Spelling):
 
 def _transcripts(config: TrainConfig) -> Iterator[str]:
     """All transcripts that can be spelt; the others are the stream's to count."""
-    for source in (*config.data.sources, *config.data.heldout):
-        opened = open_training_source(source, hears=True)
-        for i in tqdm(range(len(opened)), desc=f"reading {source.name}", unit="transcript", leave=False, delay=2):
-            with suppress(ValueError):
-                yield spelling_of(opened[i])
+    return read_once((*config.data.sources, *config.data.heldout), spelling_of, hears=True, unit="transcript")

@@ -1,4 +1,4 @@
-"""Local motion: that it starts as nothing, looks around in time and place and no further, and never mixes clips or tiles."""
+"""Local motion: that it starts as large as told, looks around in time and place and no further, and never mixes clips or tiles."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def features_of(clips: Clips) -> Tensor:
 
 def test_it_starts_as_large_as_it_is_told():
     """Features as large as tokens of an image part may be."""
+    torch.manual_seed(0)
     motion, clips = LocalMotion(WIDTH, 6, 1e-5), make_clips()
     motion.start_at(4.0)
     features, valid_PN = 4 * features_of(clips), clips.frames.valid_PN
@@ -75,6 +76,7 @@ def test_it_sees_seven_frames_and_three_patches_around_and_no_class_token():
 
 def test_an_aggregator_with_it_tells_a_clip_from_its_reverse_within_a_group():
     """Also where time is switched off, so that it is the convolutions that tell."""
+    torch.manual_seed(0)
     aggregator = TemporalAggregator(dataclasses.replace(CONFIG, n_tokens=N_TOKENS, motion_channels=6, factor=5)).eval()
     with torch.no_grad():
         aggregator.time_scale.zero_()
