@@ -2,7 +2,9 @@
 
 Not the paper's, which says no more than "perceiver resampler" (section 7.2). With thousands of clips instead of millions, a
 resampler of whole frames learns the training clips by heart and not what motion is: where something was and where it is then
-are far apart for it. A convolution sees both at once, everywhere alike. docs/LOG.md has the measurement.
+are far apart for it. A convolution sees both at once, everywhere alike; and what it sees here is how a place differs from its
+mean over the clip, so that what rests is nothing, and what moves is not drowned by what things look like. docs/LOG.md has the
+measurements.
 
 Shape letters: V clips of all rows, P frames of all clips, T frames of a clip, N tiles of a frame, L tokens of a tile, W width of
 the tokens, C channels, Y and X rows and columns of a tile's patches.
@@ -19,12 +21,12 @@ from torch import Tensor, nn
 from lm.model import RMSNorm
 from video.clips import Clips
 
-#: Frames between the taps of each convolution: together they see 7 frames to either side.
+#: Frames between the taps of each convolution: together they see 7 frames to either side, beside the clip's mean.
 STRIDES = (1, 2, 4)
 
 
 class LocalMotion(nn.Module):
-    """Adds to the tokens of patches what happens around them. Clips and tiles never see each other.
+    """Adds to the tokens of patches what changes around them. Clips and tiles never see each other.
 
     What it adds starts as noise as large as `start_at` says. Smaller than the tokens, it was not found in 250 steps (docs/LOG.md).
     """
@@ -61,7 +63,9 @@ class LocalMotion(nn.Module):
 
     def _convolve(self, x_VTLW: Tensor) -> Tensor:
         side = math.isqrt(x_VTLW.shape[2])
-        y_VCTYX = self.down_proj(self.norm(x_VTLW)).unflatten(2, (side, side)).movedim(-1, 1)
+        x_VTLW = self.norm(x_VTLW)
+        change_VTLW = x_VTLW - x_VTLW.mean(1, keepdim=True)
+        y_VCTYX = self.down_proj(change_VTLW).unflatten(2, (side, side)).movedim(-1, 1)
         for conv in self.convs:
             y_VCTYX = F.gelu(conv(y_VCTYX))
         return self.up_proj(self.out_norm(y_VCTYX.movedim(1, -1).flatten(2, 3)))

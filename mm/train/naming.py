@@ -30,8 +30,9 @@ from video.adapter import VideoAdapter
 from video.clips import Clips, encode_frames
 from vision.encoder import ImageEncoder
 
-#: Words that are asked about: the commonest of the captions.
-MOST_WORDS = 10_000
+#: Words that are asked about are in at least this share of the captions. Together, names that a small run sees a few times each
+#: would outweigh how their things move.
+LEAST_SHARE = 0.01
 HIDDEN = 256
 
 
@@ -141,9 +142,12 @@ class Naming:
         cache = config.data.feature_cache
         self.features = FeatureCache(cache, whole.image_encoder) if cache is not None else None
         counts, n_captions = _count_words(config)
-        self.words = [word for word, _ in counts.most_common(MOST_WORDS)]
+        self.words = [word for word, count in counts.most_common() if count >= LEAST_SHARE * n_captions]
         if not self.words:
-            raise ValueError("data.sources: no sample has a caption (.txt), from which this stage learns")
+            raise ValueError(
+                f"data.sources: no sample has a caption (.txt) with a word that at least {LEAST_SHARE:.0%} of the captions have, "
+                "from which this stage learns"
+            )
         share_A = torch.tensor([counts[word] / n_captions for word in self.words]).clamp(max=0.99)
         self.model = NamingModel(whole.image_encoder, whole.video_adapter, share_A.logit())
         self.reader = NamingReader(whole.processor, {word: i for i, word in enumerate(self.words)})
