@@ -49,7 +49,8 @@ class LearningRates:
         encoder: the ViT and its gated layers, or the Conformer.
         stem: a hybrid encoder's convolutional backbone.
         adapter: projection and cross-attention blocks, the temporal aggregator, the speech adapter, and new tokens.
-        gates: every tanh gate. They start at zero and scale whole layers, so they want larger steps than matrices.
+        gates: the tanh gates of parts that train. They start at zero and scale whole layers, so they want larger steps than
+            matrices.
         head: what a stage needs and no later one: text tower and projections, codebook heads, CTC heads, discriminators.
         normalizer: all of the text normaliser.
         voice: all of the prosody model, the acoustic model or the vocoder.
@@ -177,8 +178,10 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
         model.new_tokens.frozen_rows = tuple(rows.difference(model.config.new_token_rows(stage.medium)))
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        rate_name = "gates" if GATE.search(name) else RATE_OF_PART.get(part, "")
+        rate_name = RATE_OF_PART.get(part, "")
         rate = getattr(rates, rate_name, 0.0) if part in stage.trains else 0.0
+        if rate > 0 and GATE.search(name):
+            rate_name, rate = "gates", rates.gates
         parameter.requires_grad_(rate > 0)
         if rate == 0:
             continue

@@ -89,7 +89,7 @@ def test_exactly_the_papers_parts_train(stage: str) -> None:
 def test_applying_again_and_after_another_stage_gives_the_same(stage: str) -> None:
     fresh, used = model_of(stage), model_of(stage)
     apply(STAGES[stage], fresh, RATES)
-    apply(STAGES[stage], used, LearningRates(encoder=1.0, gates=1.0, head=1.0, normalizer=1.0, voice=1.0))
+    apply(STAGES[stage], used, LearningRates(encoder=1.0, adapter=1.0, head=1.0, normalizer=1.0, voice=1.0))
     apply(STAGES[stage], used, RATES)
     apply(STAGES[stage], used, RATES)
     for (name, a), b in zip(fresh.named_parameters(), used.parameters(), strict=True):
@@ -139,6 +139,9 @@ def test_rate_zero_freezes_a_group() -> None:
     apply(STAGES["image-adapter"], model, LearningRates(adapter=1e-3))
     assert {part_of(name) for name, p in model.named_parameters() if p.requires_grad} == {"image_adapter"}
     assert not any(name.endswith("_gate") for name, p in model.named_parameters() if p.requires_grad)
+    apply(STAGES["image-adapter"], model, LearningRates(adapter=1e-3, gates=1e-2))  # the encoder's own gates are frozen with it
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {part_of(name) for name in trained} == {"image_adapter"} and any(name.endswith("_gate") for name in trained)
 
 
 def test_frozen_parts_are_in_eval_mode_and_trained_ones_in_train_mode() -> None:
