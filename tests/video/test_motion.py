@@ -1,4 +1,4 @@
-"""Local motion: that it starts as large as told, looks around in time and place, sees change alone, and never mixes clips or tiles."""
+"""Local motion: starts as large as told, looks around in time and place, sees change alone, never mixes clips or tiles."""
 
 from __future__ import annotations
 
