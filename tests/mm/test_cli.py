@@ -138,7 +138,7 @@ def test_demo_asks_every_example_and_one_question_without_a_medium(tmp_path: Pat
     text = mm("demo", "--model", "debug", "--out", str(tmp_path / "a.wav")).stdout
     media = [file for suffix in ("png", "mp4", "flac") for file in EXAMPLES.glob(f"*.{suffix}")]
     assert len(media) == 11 and all(f"examples/{file.name}" in text for file in media)
-    assert text.count("right: ") == 28 and "What is the capital of France?" in text
+    assert text.count("right: ") == 29 and "What is the capital of France?" in text
     assert (tmp_path / "a.wav").is_file()
 
 
