@@ -139,9 +139,8 @@ def test_rate_zero_freezes_a_group() -> None:
     apply(STAGES["image-adapter"], model, LearningRates(adapter=1e-3))
     assert {part_of(name) for name, p in model.named_parameters() if p.requires_grad} == {"image_adapter"}
     assert not any(name.endswith("_gate") for name, p in model.named_parameters() if p.requires_grad)
-    apply(
-        STAGES["image-adapter"], model, LearningRates(adapter=1e-3, gates=1e-2)
-    )  # the encoder's own gates are frozen with it
+    # The encoder's own gates are frozen with it.
+    apply(STAGES["image-adapter"], model, LearningRates(adapter=1e-3, gates=1e-2))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {part_of(name) for name in trained} == {"image_adapter"} and any(name.endswith("_gate") for name in trained)
 
