@@ -115,7 +115,7 @@ class VideoAdapter(CrossAdapter):
     def start_from(self, image: ImageAdapter, features_XLF: Tensor) -> None:
         """Begins as the image adapter, which knows what things look like and are called; what is new is time.
 
-        Local motion, where the aggregator looks for it, is not known and starts as noise beside that.
+        Local motion, where the aggregator looks for it, is not known and starts random beside that.
 
         Effective frames start as means of frames, and blocks see them as the image block before the same layer sees pictures, as
         far as their size allows: tokens keep the directions in which the image adapter's projection is largest, blocks the

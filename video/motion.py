@@ -3,8 +3,8 @@
 Not the paper's, which says no more than "perceiver resampler" (section 7.2). With thousands of clips instead of millions, a
 resampler of whole frames learns the training clips by heart and not what motion is: where something was and where it is then
 are far apart for it. A convolution sees both at once, everywhere alike; and what it sees here is how a place differs from its
-mean over the clip, so that what rests is nothing, and what moves is not drowned by what things look like. docs/LOG.md has the
-measurements.
+mean over the clip, so that what rests looks the same whatever it is, and what moves is not drowned by what things look like.
+docs/LOG.md has the measurements.
 
 Shape letters: V clips of all rows, P frames of all clips, T frames of a clip, N tiles of a frame, L tokens of a tile, W width of
 the tokens, C channels, Y and X rows and columns of a tile's patches.
@@ -28,7 +28,8 @@ STRIDES = (1, 2, 4)
 class LocalMotion(nn.Module):
     """Adds to the tokens of patches what changes around them. Clips and tiles never see each other.
 
-    What it adds starts as noise as large as `start_at` says. Smaller than the tokens, it was not found in 250 steps (docs/LOG.md).
+    What it adds starts random and as large as `start_at` says; where nothing moves that is the same for all clips. Smaller than the
+    tokens, and of tokens that were not compared with their mean, it was not found in 250 steps (docs/LOG.md).
     """
 
     def __init__(self, width: int, n_channels: int, norm_eps: float) -> None:

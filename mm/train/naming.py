@@ -92,8 +92,8 @@ class NamingReader:
 class WordHead(nn.Module):
     """Log-odds `(V, A)` of words, from the mean and the largest of what the tokens of a clip's effective frames tell.
 
-    The largest, because what a word means may be at one place alone; learned queries had not found it after as many steps
-    (docs/LOG.md).
+    The largest, because what a word means may be at one place alone; learned queries had not found it after as many steps,
+    when motion was not yet told from appearance (docs/LOG.md).
     """
 
     def __init__(self, width: int, odds_A: Tensor) -> None:
