@@ -96,9 +96,10 @@ class Stage:
     Attributes:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
-        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
-            "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "next-token" on supervised tokens,
-            "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on the samples of frames.
+        loss: "contrastive" between pictures and texts, "letters" of captions and answers, "best-rq" on masked speech, "ctc" on the
+            letters of transcripts, "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "next-token" on
+            supervised tokens, "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on the samples of
+            frames.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
@@ -108,6 +109,7 @@ class Stage:
     trains: frozenset[str]
     loss: Literal[
         "contrastive",
+        "letters",
         "best-rq",
         "ctc",
         "token-ctc",
@@ -130,10 +132,12 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(name="image-encoder", medium="image", trains=frozenset({"stem", "vit", "head"}), loss="contrastive"),
+        # Not the paper's: a warm start for small budgets, as speech-align and video-align are.
+        Stage(name="image-align", medium="image", trains=_EYES - {"image_adapter"} | {"head"}, loss="letters"),
         Stage(name="image-adapter", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-anneal", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", medium="image", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
-        # Not the paper's: a warm start for small budgets, as speech-align is.
+        # Not the paper's.
         Stage(name="video-align", medium="video", trains=frozenset({"aggregator", "head"}), loss="caption-words"),
         Stage(name="video", medium="video", trains=_MOTION, loss="next-token"),
         Stage(name="video-sft", medium="video", trains=_MOTION, loss="next-token", swaps_lm=True, masks_prompts=True),

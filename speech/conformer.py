@@ -376,7 +376,7 @@ def debug() -> ConformerConfig:
 
 def bundled() -> ConformerConfig:
     """Small enough that all trained parts of the package stay below 60 MB."""
-    return ConformerConfig(dim=240, n_layers=8, n_heads=4, ffn_dim=352)
+    return ConformerConfig(dim=240, n_layers=8, n_heads=4, ffn_dim=336)
 
 
 def llama3() -> ConformerConfig:

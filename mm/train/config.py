@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from data.augment_audio import SpecAugmentConfig, WaveformAugmentation, augment_waveform, spec_augment
+from data.augment_images import PictureAugmentation, vary_picture
 from mm.config import PART_OF_MEDIUM, SPEECH_PRESETS, VIDEO_PRESETS, from_mapping
 from mm.languages import find_language
 from mm.stages import STAGES, LearningRates, Stage
@@ -167,21 +169,26 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How recordings are varied, for training alone; None leaves them as they are.
+    """How media are varied, for training alone; None leaves them as they are.
 
     Attributes:
-        waveform: speed and noise.
+        waveform: speed and noise of recordings.
         spectrogram: SpecAugment's masks.
+        picture: place, size and light.
     """
 
     waveform: WaveformAugmentation | None = None
     spectrogram: SpecAugmentConfig | None = None
+    picture: PictureAugmentation | None = None
 
     def vary_waveform(self, waveform_N: Tensor) -> Tensor:
         return augment_waveform(waveform_N, self.waveform) if self.waveform else waveform_N
 
     def vary_mel(self, mel_TM: Tensor) -> Tensor:
         return spec_augment(mel_TM, self.spectrogram) if self.spectrogram else mel_TM
+
+    def vary_picture(self, picture: Image.Image) -> Image.Image:
+        return vary_picture(picture, self.picture) if self.picture else picture
 
 
 UNVARIED = AugmentConfig()
@@ -202,7 +209,7 @@ class DataConfig:
         window: batches whose samples are sorted by length together, so that batches need little padding.
         max_bad_fraction: the run stops once more of the samples than this had to be skipped.
         max_tokens: longer samples of whole models count as bad; the language model's context when None.
-        augment: of `sources`, in speech-ctc, speech-align and speech.
+        augment: of `sources`, in image-align, speech-ctc, speech-align and speech.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -301,6 +308,7 @@ class LogConfig:
 #: Keys of `model` that a stage reads, by its loss and medium.
 MODEL_KEYS = {
     ("contrastive", "image"): {"encoder", "stem", "text"},
+    ("letters", "image"): {"init_from", "lm", "image", "encoder", "stem"},
     ("next-token", "image"): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
     ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates", "from_image"},
     ("caption-words", "video"): {"init_from", "video", "from_image"},
@@ -366,7 +374,7 @@ class TrainConfig:
         model = self.model
         if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.medium]:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
-        if self.stage_spec.loss in ("next-token", "token-ctc", "caption-words"):
+        if self.stage_spec.loss in ("letters", "next-token", "token-ctc", "caption-words"):
             self._check_whole_model()
         elif self.stage in VOICE_PRESETS:
             self._check_voice_model()
@@ -423,8 +431,11 @@ class TrainConfig:
         for key, media in MEDIA_OF_DATA_KEY.items():
             if getattr(self.data, key) is not None and self.medium not in media:
                 raise ValueError(f"data.{key}: stage {self.stage} does not read it; leave it out")
-        if self.data.augment != UNVARIED and not (asks or self.stage_spec.loss in ("ctc", "token-ctc")):
-            raise ValueError(f"data.augment: stage {self.stage} does not vary its samples; leave it out")
+        varies_sound = asks or self.stage_spec.loss in ("ctc", "token-ctc")
+        varies = {"waveform": varies_sound, "spectrogram": varies_sound, "picture": self.stage_spec.loss == "letters"}
+        for key, is_varied in varies.items():
+            if getattr(self.data.augment, key) is not None and not is_varied:
+                raise ValueError(f"data.augment.{key}: stage {self.stage} does not vary that; leave it out")
         if self.stage_spec.loss == "contrastive" and self.optim.micro_batch_size not in (None, self.optim.batch_size):
             raise ValueError(
                 "optim.micro_batch_size: a contrastive batch cannot be cut, its pairs are compared with each other; leave it out"

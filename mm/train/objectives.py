@@ -22,6 +22,7 @@ from mm.generate import generate
 from mm.model import MultimodalLlama
 from mm.processor import Batch, Processor, Sample, Style
 from mm.sheet import Shown
+from mm.train.answering import Answering
 from mm.train.config import DTYPES, UNVARIED, AugmentConfig, TrainConfig
 from mm.train.contrastive import Contrastive
 from mm.train.encoders import load_encoder
@@ -109,6 +110,8 @@ def make_objective(config: TrainConfig) -> Objective:
     match config.stage_spec.loss:
         case "contrastive":
             return Contrastive(config)
+        case "letters":
+            return Answering(config, load_model(config))
         case "best-rq":
             return MaskedSpeech(config)
         case "ctc":

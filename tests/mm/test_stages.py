@@ -24,6 +24,7 @@ from speech.vocoder import PRESETS as VOCODERS
 from speech.vocoder import Vocoder
 from vision.contrastive import ContrastiveModel, TextTowerConfig
 from vision.encoder import PRESETS, ImageEncoder
+from vision.letters import LetterModel
 
 RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3, normalizer=5e-3, voice=6e-3)
 TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
@@ -31,6 +32,7 @@ TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_
 #: Sections 7.4, 7.5.2 and 8.3: the language model never trains; encoders do but for video; adapters where text is the target.
 MATRIX = {
     "image-encoder": {"stem", "vit", "head"},
+    "image-align": {"stem", "vit", "gated_layers", "head"},
     "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
@@ -51,6 +53,8 @@ MATRIX = {
 def model_of(stage: str) -> nn.Module:
     if stage == "image-encoder":
         return ContrastiveModel(ImageEncoder(PRESETS["debug"]()), TEXT)
+    if stage == "image-align":
+        return LetterModel(ImageEncoder(PRESETS["debug"]()))
     if stage == "speech-encoder":
         return BestRQ(Conformer(CONFORMERS["debug"]()), BestRQConfig(n_codebooks=2, codebook_size=7, code_dim=3))
     if stage == "speech-ctc":

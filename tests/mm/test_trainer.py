@@ -189,6 +189,7 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     rates = config.optim.lr
     rated = {
         "image-encoder": {"encoder"},
+        "image-align": {"encoder", "gates", "head"},
         "video-align": {"adapter", "head"},
         "video": {"adapter", "gates"},
         "video-sft": {"adapter", "gates"},
@@ -257,22 +258,26 @@ def test_stage_rules_are_checked(run_data: dict[str, Any]) -> None:
         from_mapping(TrainConfig, run_data | {"stage": "image-encoder", "model": {"encoder": "debug"}})
 
 
-def test_the_four_stages_follow_each_other_through_their_scripts(
+def test_the_stages_of_pictures_follow_each_other_through_their_scripts(
     run_data: dict[str, Any],
     tmp_path: Path,
     colour_shard: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Encoder -> adapter -> anneal (larger tiles) -> SFT (language model swapped), each from the export before it."""
+    """Encoder -> letters -> adapter -> anneal (larger tiles) -> SFT (language model swapped), each from the export before it."""
     plain = {"path": str(colour_shard), "style": "plain"}
     stages: dict[str, dict[str, Any]] = {
         "image-encoder": {
             "model": {"encoder": "debug", "text": {"width": 24, "n_layers": 1, "n_heads": 3, "embed_dim": 20}},
             "optim": {"steps": 2, "batch_size": 4, "lr": {"encoder": 1e-3, "head": 1e-3}},
         },
-        "image-adapter": {
+        "image-align": {
             "model": {"lm": "debug", "image": "debug", "encoder": str(tmp_path / "image-encoder" / "export")},
+            "optim": {"steps": 2, "batch_size": 4, "lr": {"encoder": 1e-3, "head": 1e-3}},
+        },
+        "image-adapter": {
+            "model": {"init_from": str(tmp_path / "image-align" / "export")},
             "data": {"sources": [plain], "heldout": [plain]},
         },
         "image-anneal": {
