@@ -238,8 +238,7 @@ class Processor:
         mels = [mel_TM for sample in samples for mel_TM in sample.mels]
         clips = [clip for sample in samples for clip in sample.clips]
         tiles = [tile for sample in samples for tile in sample.tiles]
-        # The released encoder lets padding be seen, so its result needs all tiles there.
-        n_tiles = self.image.max_tiles if self.image and self.image.released_padding_quirk else None
+        n_tiles = self.image.n_padded_tiles if self.image else None
         return Batch(
             ids_BT=padded([sample.ids for sample in samples], torch.int64),
             valid_BT=padded([[True] * len(sample.ids) for sample in samples], torch.bool),

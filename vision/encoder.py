@@ -95,6 +95,12 @@ class ImageEncoderConfig:
         return self.grid_size**2 + 1
 
     @property
+    def n_padded_tiles(self) -> int | None:
+        """Tiles to which every picture of a batch is padded, because the released encoder lets padding be seen; None where the
+        largest picture decides."""
+        return self.max_tiles if self.released_padding_quirk else None
+
+    @property
     def feature_dim(self) -> int:
         """Width of the features, F."""
         return self.width * (1 + len(self.feature_layers))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.images import load_image
 from data.shards import Sample as RawSample
@@ -22,7 +23,7 @@ from mm.model import MultimodalLlama
 from mm.processor import Style
 from mm.sheet import Shown
 from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
-from mm.train.reading import as_caption, exchanges, media_of, split_answer, text_of
+from mm.train.reading import as_caption, media_of, one_exchange, split_answer, text_of
 from mm.train.showing import picture_of, share_right
 from video.frames import load_frames
 from vision.encoder import ImageEncoderConfig
@@ -70,11 +71,8 @@ class AnswerReader:
 
     def exchange(self, raw: RawSample, *, draw: bool = False) -> tuple[str, str]:
         """What is asked, nothing for a caption, and what is answered."""
-        if self.styles[raw.source] == "plain":
-            asked, answer = split_answer(raw, as_caption(raw))
-        else:
-            questions = exchanges(raw)
-            asked, answer = split_answer(raw, questions[int(torch.randint(len(questions), ())) if draw else 0])
+        is_caption = self.styles[raw.source] == "plain"
+        asked, answer = split_answer(raw, as_caption(raw) if is_caption else one_exchange(raw, draw=draw))
         return text_of(asked[-1]), answer
 
     def length(self, raw: RawSample) -> int:
@@ -90,15 +88,12 @@ class AnswerReader:
         return sum(sample.supervised)
 
     def collate(self, samples: Sequence[Answer]) -> Answers:
-        n_letters = max(len(sample.ids) for sample in samples)
-        ids_PT = torch.zeros(len(samples), n_letters, dtype=torch.int64)
-        supervised_PT = torch.zeros(len(samples), n_letters, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            ids_PT[row, : len(sample.ids)] = torch.tensor(sample.ids)
-            supervised_PT[row, : len(sample.ids)] = torch.tensor(sample.supervised)
-        n_tiles = self.image.max_tiles if self.image.released_padding_quirk else None
-        pictures = Pictures.collate([sample.tiles for sample in samples], n_tiles=n_tiles)
-        return Answers(pictures, ids_PT, supervised_PT, [sample.key for sample in samples])
+        return Answers(
+            Pictures.collate([sample.tiles for sample in samples], n_tiles=self.image.n_padded_tiles),
+            pad_sequence([torch.tensor(sample.ids) for sample in samples], batch_first=True),
+            pad_sequence([torch.tensor(sample.supervised) for sample in samples], batch_first=True),
+            [sample.key for sample in samples],
+        )
 
 
 class Answering:

@@ -33,7 +33,7 @@ from mm.train.mel_prediction import MelPrediction
 from mm.train.naming import Naming
 from mm.train.normalizing import Normalizing
 from mm.train.prosody_prediction import ProsodyPrediction
-from mm.train.reading import as_caption, exchanges, first_question, media_of, split_answer
+from mm.train.reading import as_caption, first_question, media_of, one_exchange, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.spelling import Aligning, Spelling
 from mm.train.vocoding import Vocoding
@@ -159,8 +159,7 @@ class ConversationReader:
             return as_caption(raw)
         if raw.source not in self.one_question:
             return raw.messages
-        questions = exchanges(raw)
-        return questions[int(torch.randint(len(questions), ())) if draw else 0]
+        return one_exchange(raw, draw=draw)
 
     def length(self, raw: RawSample) -> int:
         # Draws what `prepare` will: the stream seeds both alike, and this is the first thing that either draws.
@@ -312,9 +311,8 @@ def start_from_image(model: MultimodalLlama) -> None:
     grey = tile_image(
         Image.new("RGB", (config.tile_size, config.tile_size), "grey"), config.tile_size, config.max_tiles
     )
-    n_tiles = config.max_tiles if config.released_padding_quirk else None
     with torch.no_grad():
-        features_PNLF = model.image_encoder(Pictures.collate([grey], n_tiles=n_tiles))
+        features_PNLF = model.image_encoder(Pictures.collate([grey], n_tiles=config.n_padded_tiles))
     model.video_adapter.start_from(model.image_adapter, features_PNLF[:, 0])
 
 

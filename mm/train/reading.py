@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from data.make.sentences import spoken, transcript
@@ -72,6 +73,12 @@ def exchanges(raw: RawSample) -> list[list[dict[str, Any]]]:
     if not found:
         raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no answer")
     return found
+
+
+def one_exchange(raw: RawSample, *, draw: bool) -> list[dict[str, Any]]:
+    """One question of a sample by itself: the first, or any if `draw`, from torch's global generator."""
+    found = exchanges(raw)
+    return found[int(torch.randint(len(found), ())) if draw else 0]
 
 
 def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
