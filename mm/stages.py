@@ -37,6 +37,8 @@ PARTS: tuple[tuple[str, str], ...] = (
 )
 
 
+#: A parameter of a cross-attention adapter; of a block, with the layer of the language model before which it runs.
+ADAPTER = re.compile(r"(?:image|video)_adapter\.(?:blocks\.(?P<layer>\d+)\.)?")
 #: A tanh gate; `gate_proj.weight` of a SwiGLU is none.
 GATE = re.compile(r"(^|[._])gate(_attn|_ffn)?$")
 
@@ -96,10 +98,9 @@ class Stage:
     Attributes:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
-        loss: "contrastive" between pictures and texts, "letters" of captions and answers, "best-rq" on masked speech, "ctc" on the
-            letters of transcripts, "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "next-token" on
-            supervised tokens, "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on the samples of
-            frames.
+        loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
+            "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "next-token" on supervised tokens,
+            "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on the samples of frames.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
@@ -109,7 +110,6 @@ class Stage:
     trains: frozenset[str]
     loss: Literal[
         "contrastive",
-        "letters",
         "best-rq",
         "ctc",
         "token-ctc",
@@ -132,12 +132,10 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(name="image-encoder", medium="image", trains=frozenset({"stem", "vit", "head"}), loss="contrastive"),
-        # Not the paper's: a warm start for small budgets, as speech-align and video-align are.
-        Stage(name="image-align", medium="image", trains=_EYES - {"image_adapter"} | {"head"}, loss="letters"),
         Stage(name="image-adapter", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-anneal", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", medium="image", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
-        # Not the paper's.
+        # Not the paper's: a warm start for small budgets, as speech-align is.
         Stage(name="video-align", medium="video", trains=frozenset({"aggregator", "head"}), loss="caption-words"),
         Stage(name="video", medium="video", trains=_MOTION, loss="next-token"),
         Stage(name="video-sft", medium="video", trains=_MOTION, loss="next-token", swaps_lm=True, masks_prompts=True),
@@ -162,10 +160,22 @@ def part_of(name: str) -> str:
     raise AssertionError(f"parameter {name} belongs to no part; add it to PARTS")
 
 
-def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def _is_before(layer: int, name: str) -> bool:
+    """Whether a parameter works before the cross-attention block of that layer of the language model."""
+    adapter = ADAPTER.match(name)
+    return name.startswith("new_tokens.") or (adapter is not None and int(adapter["layer"] or 0) < layer)
+
+
+def apply(
+    stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: float = 0.0, first_block: int = 0
+) -> list[dict[str, Any]]:
     """Freezes and unfreezes every parameter; modules are in train mode where they own one that trains. Idempotent.
 
     Of the new tokens, which are one parameter, the rows of other media than the stage's get no gradient.
+
+    Args:
+        first_block: if not 0, cross-attention blocks before earlier layers of the language model are frozen, and so is what all
+            blocks and layers build on: the projection, the aggregator, new tokens.
 
     Returns:
         The optimiser's parameter groups: `params`, `lr`, `weight_decay`, the `name` of the learning rate, and whether they are
@@ -184,6 +194,8 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
         part = part_of(name)
         rate_name = RATE_OF_PART.get(part, "")
         rate = getattr(rates, rate_name, 0.0) if part in stage.trains else 0.0
+        if first_block and _is_before(first_block, name):
+            rate = 0.0
         if rate > 0 and GATE.search(name):
             rate_name, rate = "gates", rates.gates
         parameter.requires_grad_(rate > 0)
@@ -205,5 +217,8 @@ def apply(stage: Stage, model: nn.Module, rates: LearningRates, weight_decay: fl
         )
         group["params"].append(parameter)
     if not groups:
-        raise ValueError(f"optim.lr: every part that stage {stage.name} trains has learning rate 0")
+        which = f"cross-attention block from layer {first_block} on" if first_block else "part"
+        raise ValueError(
+            f"optim.lr: every {which} that stage {stage.name} trains has learning rate 0, or there is none"
+        )
     return list(groups.values())

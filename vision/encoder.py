@@ -140,7 +140,9 @@ class ConvStem(nn.Module):
 
     def forward(self, tiles_RCHW: Tensor) -> Tensor:
         """Tiles to a map `(R, num_features, grid_size, grid_size)`."""
-        finest, *deeper = self.backbone(tiles_RCHW * self.pixel_scale + self.pixel_shift)
+        pixels_RCHW = tiles_RCHW * self.pixel_scale + self.pixel_shift
+        # Depthwise convolutions run over channels that lie beside each other; on a CPU 1.7 times as fast (docs/LOG.md).
+        finest, *deeper = self.backbone(pixels_RCHW.contiguous(memory_format=torch.channels_last))
         return torch.cat([finest, *(F.interpolate(stage, size=finest.shape[-2:]) for stage in deeper)], dim=1)
 
 

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 from torch import Tensor
 
 from data.augment_audio import SpecAugmentConfig, WaveformAugmentation, augment_waveform, spec_augment
-from data.augment_images import PictureAugmentation, vary_picture
 from mm.config import PART_OF_MEDIUM, SPEECH_PRESETS, VIDEO_PRESETS, from_mapping
 from mm.languages import find_language
 from mm.stages import STAGES, LearningRates, Stage
@@ -169,26 +167,21 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How media are varied, for training alone; None leaves them as they are.
+    """How recordings are varied, for training alone; None leaves them as they are.
 
     Attributes:
-        waveform: speed and noise of recordings.
+        waveform: speed and noise.
         spectrogram: SpecAugment's masks.
-        picture: place, size and light.
     """
 
     waveform: WaveformAugmentation | None = None
     spectrogram: SpecAugmentConfig | None = None
-    picture: PictureAugmentation | None = None
 
     def vary_waveform(self, waveform_N: Tensor) -> Tensor:
         return augment_waveform(waveform_N, self.waveform) if self.waveform else waveform_N
 
     def vary_mel(self, mel_TM: Tensor) -> Tensor:
         return spec_augment(mel_TM, self.spectrogram) if self.spectrogram else mel_TM
-
-    def vary_picture(self, picture: Image.Image) -> Image.Image:
-        return vary_picture(picture, self.picture) if self.picture else picture
 
 
 UNVARIED = AugmentConfig()
@@ -209,7 +202,7 @@ class DataConfig:
         window: batches whose samples are sorted by length together, so that batches need little padding.
         max_bad_fraction: the run stops once more of the samples than this had to be skipped.
         max_tokens: longer samples of whole models count as bad; the language model's context when None.
-        augment: of `sources`, in image-align, speech-ctc, speech-align and speech.
+        augment: of `sources`, in speech-ctc, speech-align and speech.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -242,6 +235,8 @@ class OptimConfig:
             further (`mm.train.muon`).
         batch_size: samples of one optimiser step.
         micro_batch_size: samples that run at a time; changes memory, not the result. The whole batch when None.
+        first_block: of the cross-attention blocks only those before this layer of the language model or later ones train, and no
+            gradient goes further back; the whole adapter trains when 0.
         warmup: steps.
         clip: largest norm of the gradient.
     """
@@ -253,6 +248,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     betas: tuple[float, ...] = (0.9, 0.95)
     matrices: str = "adamw"
+    first_block: int = 0
     warmup: int = 0
     clip: float = 1.0
 
@@ -308,7 +304,6 @@ class LogConfig:
 #: Keys of `model` that a stage reads, by its loss and medium.
 MODEL_KEYS = {
     ("contrastive", "image"): {"encoder", "stem", "text"},
-    ("letters", "image"): {"init_from", "lm", "image", "encoder", "stem"},
     ("next-token", "image"): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
     ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates", "from_image"},
     ("caption-words", "video"): {"init_from", "video", "from_image"},
@@ -369,12 +364,13 @@ class TrainConfig:
                 raise ValueError(f"{name}.every must be at least 1 step")
         self._check_model()
         self._check_data()
+        self._check_first_block()
 
     def _check_model(self) -> None:
         model = self.model
         if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.medium]:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
-        if self.stage_spec.loss in ("letters", "next-token", "token-ctc", "caption-words"):
+        if self.stage_spec.loss in ("next-token", "token-ctc", "caption-words"):
             self._check_whole_model()
         elif self.stage in VOICE_PRESETS:
             self._check_voice_model()
@@ -431,14 +427,21 @@ class TrainConfig:
         for key, media in MEDIA_OF_DATA_KEY.items():
             if getattr(self.data, key) is not None and self.medium not in media:
                 raise ValueError(f"data.{key}: stage {self.stage} does not read it; leave it out")
-        varies_sound = asks or self.stage_spec.loss in ("ctc", "token-ctc")
-        varies = {"waveform": varies_sound, "spectrogram": varies_sound, "picture": self.stage_spec.loss == "letters"}
-        for key, is_varied in varies.items():
-            if getattr(self.data.augment, key) is not None and not is_varied:
-                raise ValueError(f"data.augment.{key}: stage {self.stage} does not vary that; leave it out")
+        if self.data.augment != UNVARIED and not (asks or self.stage_spec.loss in ("ctc", "token-ctc")):
+            raise ValueError(f"data.augment: stage {self.stage} does not vary its samples; leave it out")
         if self.stage_spec.loss == "contrastive" and self.optim.micro_batch_size not in (None, self.optim.batch_size):
             raise ValueError(
                 "optim.micro_batch_size: a contrastive batch cannot be cut, its pairs are compared with each other; leave it out"
+            )
+
+    def _check_first_block(self) -> None:
+        if not self.optim.first_block:
+            return
+        if self.stage_spec.loss != "next-token" or self.medium not in ("image", "video"):
+            raise ValueError(f"optim.first_block: stage {self.stage} trains no cross-attention blocks; leave it out")
+        if self.optim.lr.encoder or self.optim.lr.stem:
+            raise ValueError(
+                "optim.first_block: the encoder learns through all blocks; set optim.lr.encoder and optim.lr.stem to 0"
             )
 
     @property

@@ -16,6 +16,7 @@ from data.shards import Sample as RawSample
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.encoders import save_encoder
+from mm.train.objective import Objective
 from mm.train.reading import as_caption, first_question, media_of, split_answer
 from mm.train.showing import picture_of, share_right
 from vision.contrastive import ContrastiveModel
@@ -73,7 +74,7 @@ class PairReader:
         return Pairs(pictures, ids_PT, [pair.key for pair in samples])
 
 
-class Contrastive:
+class Contrastive(Objective[ContrastiveModel, PairReader]):
     """An image encoder beside a text tower that is thrown away."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -95,14 +96,8 @@ class Contrastive:
     def n_tokens(self, batch: Pairs) -> int:
         return int(batch.ids_PT.ne(0).sum())
 
-    def audio_seconds(self, batch: Pairs) -> float:
-        return 0.0
-
     def gauges(self) -> dict[str, float]:
         return {"logit_scale": self.model.logit_scale.exp().item()}
-
-    def freeze_precision(self) -> None:
-        """Nothing: what is frozen here is small."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """The prediction is the nearest of the samples' captions."""

@@ -18,6 +18,7 @@ from mm.processor import pad_frames, read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.config import TrainConfig
 from mm.train.encoders import save_encoder
+from mm.train.objective import Objective
 from mm.train.reading import recording_of
 from speech.bestrq import BestRQ, BestRQConfig, BestRQOutput, mask_frames, masked_groups, random_crop
 from speech.conformer import PRESETS, Conformer
@@ -78,7 +79,7 @@ class MaskedReader:
         )
 
 
-class MaskedSpeech:
+class MaskedSpeech(Objective[BestRQ, MaskedReader]):
     """A Conformer, and the quantiser and heads that are thrown away."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -107,9 +108,6 @@ class MaskedSpeech:
             "masked_accuracy": self._last.accuracy.item(),
             "codebook_usage_entropy": self._last.codebook_usage_entropy.item(),
         }
-
-    def freeze_precision(self) -> None:
-        """Nothing: what is frozen here is small."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """Draws what was hidden, and how much of it was guessed."""

@@ -20,6 +20,7 @@ from data.voice import VoiceSample, read_voice
 from mm.eval.voice_measures import fidelity, means
 from mm.sheet import Shown, mel_picture
 from mm.train.config import VOICE_PRESETS, TrainConfig
+from mm.train.objective import Objective
 from mm.voice import PARTS, load_part, save_part
 from speech.acoustic import AcousticModel
 from speech.phone_batch import PhoneBatch, PhoneIds
@@ -128,7 +129,7 @@ class SpokenReader:
         )
 
 
-class MelPrediction:
+class MelPrediction(Objective[nn.ModuleDict, SpokenReader]):
     """An acoustic model."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -156,12 +157,6 @@ class MelPrediction:
 
     def audio_seconds(self, batch: SpokenBatch) -> float:
         return int(batch.utterances.frames_BN.sum()) * self.features.hop / self.features.sample_rate
-
-    def gauges(self) -> dict[str, float]:
-        return {}
-
-    def freeze_precision(self) -> None:
-        """Nothing: all of it trains."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """Draws true frames above predicted ones, and measures these."""

@@ -24,6 +24,7 @@ from mm.processor import Processor, Sample
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.feature_cache import FeatureCache
+from mm.train.objective import Objective
 from mm.train.reading import as_caption, media_of, read_once
 from mm.train.showing import picture_of
 from video.adapter import VideoAdapter
@@ -130,7 +131,7 @@ class NamingModel(nn.Module):
         return self.head([frames_ENLW[:, valid_N].flatten(0, 2) for frames_ENLW, valid_N in effective])
 
 
-class Naming:
+class Naming(Objective[NamingModel, NamingReader]):
     """A model whose video part learns what there is to see, and how it moves, from captions as sets of words.
 
     Every caption of the run is read once at the start, for the words.
@@ -161,15 +162,6 @@ class Naming:
     def n_tokens(self, batch: NamedClips) -> int:
         """Tokens that the encoder makes of the frames."""
         return int(batch.clips.frames.valid_PN.sum()) * self.model.image_encoder.config.n_tokens
-
-    def audio_seconds(self, batch: NamedClips) -> float:
-        return 0.0
-
-    def gauges(self) -> dict[str, float]:
-        return {}
-
-    def freeze_precision(self) -> None:
-        """Nothing: frozen eyes go into the export."""
 
     @torch.no_grad()
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:

@@ -18,6 +18,7 @@ from data.shards import Sample as RawSample
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder, TextFeatures, open_features, written_text
+from mm.train.objective import Objective
 from mm.train.showing import share_right
 from mm.voice import save_part
 from speech.normalizer import RULES, TextNormalizer, TokenBatch, best_rules
@@ -89,7 +90,7 @@ class LabelledReader:
         return LabelledTexts(batch, labels_BT, [sample.key for sample in samples])
 
 
-class Normalizing:
+class Normalizing(Objective[nn.ModuleDict, LabelledReader]):
     """A new normaliser."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -107,15 +108,6 @@ class Normalizing:
 
     def n_tokens(self, batch: LabelledTexts) -> int:
         return int(batch.tokens.n_tokens_B.sum())
-
-    def audio_seconds(self, batch: LabelledTexts) -> float:
-        return 0.0
-
-    def gauges(self) -> dict[str, float]:
-        return {}
-
-    def freeze_precision(self) -> None:
-        """Nothing: all of it trains."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """What would be said, against what is to be said."""

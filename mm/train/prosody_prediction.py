@@ -26,6 +26,7 @@ from mm.eval.prosody_measures import contours, prosody_errors, rmse
 from mm.sheet import Shown
 from mm.train.config import TrainConfig
 from mm.train.lm_features import FeatureFolder, TextFeatures, open_features
+from mm.train.objective import Objective
 from mm.voice import save_part
 from speech.phone_batch import PhoneBatch, PhoneIds
 from speech.phone_prosody import phone_prosody
@@ -126,7 +127,7 @@ def phone_ids(sample: VoiceSample, ends: Sequence[int]) -> list[PhoneIds]:
     return ids
 
 
-class ProsodyPrediction:
+class ProsodyPrediction(Objective[nn.ModuleDict, ProsodyReader]):
     """A new prosody model."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -150,12 +151,6 @@ class ProsodyPrediction:
         is_real_BN = below(batch.phones.n_phones_B, batch.prosody_BN3.shape[1])
         frames = float(batch.prosody_BN3[..., 0].exp()[is_real_BN].sum())
         return frames * VoiceFeaturesConfig().hop / VoiceFeaturesConfig().sample_rate
-
-    def gauges(self) -> dict[str, float]:
-        return {}
-
-    def freeze_precision(self) -> None:
-        """Nothing: all of it trains."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """Draws the true prosody and the predicted one, each step told its own predictions, and measures these."""

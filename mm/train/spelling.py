@@ -21,6 +21,7 @@ from mm.processor import pad_frames, read_mel
 from mm.sheet import Shown, mel_picture
 from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
 from mm.train.encoders import read_encoder, save_encoder
+from mm.train.objective import Objective
 from mm.train.reading import read_once, recording_of, spelling_of
 from mm.train.showing import recognition_scores, share_right
 from speech.conformer import PRESETS, Conformer
@@ -92,7 +93,7 @@ class SpellingReader:
         )
 
 
-class Spelling:
+class Spelling(Objective[CTCModel, SpellingReader]):
     """A Conformer, new or from an export, and the head that is thrown away."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -113,12 +114,6 @@ class Spelling:
 
     def audio_seconds(self, batch: Utterances) -> float:
         return int(batch.n_frames_B.sum()) * self.features.hop / self.features.sample_rate
-
-    def gauges(self) -> dict[str, float]:
-        return {}
-
-    def freeze_precision(self) -> None:
-        """Nothing: all of it trains."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """The prediction is the greedy spelling."""

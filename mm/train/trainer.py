@@ -29,7 +29,8 @@ from mm.sheet import contact_sheet
 from mm.stages import apply
 from mm.train import run_checkpoint
 from mm.train.config import DTYPES, TrainConfig, load_config
-from mm.train.objectives import FollowsSteps, Reader, make_objective
+from mm.train.objective import Reader
+from mm.train.objectives import make_objective
 from mm.train.optim import make_optimizer, schedule, set_learning_rates
 from mm.train.reading import open_training_source
 from mm.train.run_checkpoint import RunState
@@ -102,7 +103,8 @@ class Trainer:
         self.objective = make_objective(config)
         self.device = torch.device(config.device)
         self.model = self.objective.model.to(self.device)
-        groups = apply(config.stage_spec, self.model, config.optim.lr, config.optim.weight_decay)
+        optim = config.optim
+        groups = apply(config.stage_spec, self.model, optim.lr, optim.weight_decay, optim.first_block)
         self.objective.freeze_precision()
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(groups, config.optim)
@@ -171,8 +173,7 @@ class Trainer:
         """
         share = schedule(self.step, self.config.optim)
         rates = set_learning_rates(self.optimizer, share)
-        if isinstance(self.objective, FollowsSteps):
-            self.objective.begin(self.step)
+        self.objective.begin(self.step)
         loss = self.accumulate(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip).item()
         if not math.isfinite(loss) or not math.isfinite(norm):

@@ -26,6 +26,7 @@ from mm.sheet import Shown
 from mm.train.config import TrainConfig, VocodingConfig
 from mm.train.discriminators import Discriminators, LogSpectra, deceived, distance, unlike
 from mm.train.mel_prediction import Utterance, Utterances, collate_utterances, mel_pair, start_part, utterance_of
+from mm.train.objective import Objective
 from mm.voice import load_part, save_part
 from speech.acoustic import AcousticModel
 from speech.streaming import take
@@ -125,7 +126,7 @@ class CropReader:
         )
 
 
-class Vocoding:
+class Vocoding(Objective[nn.ModuleDict, CropReader]):
     """A vocoder, and the discriminators that are thrown away."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -211,9 +212,6 @@ class Vocoding:
     def gauges(self) -> dict[str, float]:
         """Parts of the last loss."""
         return {name: value.item() for name, value in self._gauges.items()}
-
-    def freeze_precision(self) -> None:
-        """Nothing: what is frozen here is small."""
 
     def examine(self, raws: Sequence[RawSample], max_new_tokens: int) -> tuple[list[Shown], dict[str, float]]:
         """Draws true frames above those of what the vocoder says, and measures it."""

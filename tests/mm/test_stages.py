@@ -24,7 +24,6 @@ from speech.vocoder import PRESETS as VOCODERS
 from speech.vocoder import Vocoder
 from vision.contrastive import ContrastiveModel, TextTowerConfig
 from vision.encoder import PRESETS, ImageEncoder
-from vision.letters import LetterModel
 
 RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3, normalizer=5e-3, voice=6e-3)
 TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
@@ -32,7 +31,6 @@ TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_
 #: Sections 7.4, 7.5.2 and 8.3: the language model never trains; encoders do but for video; adapters where text is the target.
 MATRIX = {
     "image-encoder": {"stem", "vit", "head"},
-    "image-align": {"stem", "vit", "gated_layers", "head"},
     "image-adapter": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
@@ -53,8 +51,6 @@ MATRIX = {
 def model_of(stage: str) -> nn.Module:
     if stage == "image-encoder":
         return ContrastiveModel(ImageEncoder(PRESETS["debug"]()), TEXT)
-    if stage == "image-align":
-        return LetterModel(ImageEncoder(PRESETS["debug"]()))
     if stage == "speech-encoder":
         return BestRQ(Conformer(CONFORMERS["debug"]()), BestRQConfig(n_codebooks=2, codebook_size=7, code_dim=3))
     if stage == "speech-ctc":
@@ -147,6 +143,25 @@ def test_rate_zero_freezes_a_group() -> None:
     apply(STAGES["image-adapter"], model, LearningRates(adapter=1e-3, gates=1e-2))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert {part_of(name) for name in trained} == {"image_adapter"} and any(name.endswith("_gate") for name in trained)
+
+
+@pytest.mark.parametrize(("stage", "part"), [("image-sft", "image_adapter"), ("video", "video_adapter")])
+def test_the_last_blocks_alone_train_and_no_gradient_goes_further_back(stage: str, part: str) -> None:
+    model = debug_model()
+    rates = LearningRates(adapter=1e-3, gates=1e-2)
+    apply(STAGES[stage], model, rates, first_block=7)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(f"{part}.blocks.7.")}
+    reached = {}
+    for i, layer in enumerate(model.lm.layers):
+        layer.register_forward_hook(lambda _, args, out, i=i: reached.update({i: out.requires_grad}))
+    clip = torch.randint(256, (3, 3, 29, 31), dtype=torch.uint8)
+    content = [{"type": "image", "image": clip[0]}, {"type": "video", "video": clip}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
+    next_token_loss(model, model.processor.collate([model.processor.encode(messages)])).backward()
+    assert reached == {i: i >= 7 for i in range(8)}
+    with pytest.raises(ValueError, match=r"every cross-attention block from layer 8 on that .* or there is none"):
+        apply(STAGES[stage], model, rates, first_block=8)
 
 
 def test_frozen_parts_are_in_eval_mode_and_trained_ones_in_train_mode() -> None:

@@ -189,7 +189,6 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     rates = config.optim.lr
     rated = {
         "image-encoder": {"encoder"},
-        "image-align": {"encoder", "gates", "head"},
         "video-align": {"adapter", "head"},
         "video": {"adapter", "gates"},
         "video-sft": {"adapter", "gates"},
@@ -234,6 +233,7 @@ def test_command_line_beats_yaml_beats_defaults(run_data: dict[str, Any], tmp_pa
         ("optim.warmup=4", "must be less than optim.steps"),
         ("model.swap_lm=debug", "finetuning swaps it"),
         ("model.lm=debug", "init_from brings its language model; leave lm out"),
+        ("optim.first_block=3", "the encoder learns through all blocks"),
         ("data.sources.5.path=a.tar", "has no place"),
         ("data.sources.0.style=poem", "choose 'chat' or 'plain'"),
         ("dtype=float8", "choose one of float32, bfloat16"),
@@ -256,28 +256,27 @@ def test_stage_rules_are_checked(run_data: dict[str, Any]) -> None:
         from_mapping(TrainConfig, plain)
     with pytest.raises(ValueError, match="cannot be cut"):
         from_mapping(TrainConfig, run_data | {"stage": "image-encoder", "model": {"encoder": "debug"}})
+    run_data["optim"] |= {"micro_batch_size": None, "first_block": 3}
+    with pytest.raises(ValueError, match="stage image-encoder trains no cross-attention blocks"):
+        from_mapping(TrainConfig, run_data | {"stage": "image-encoder", "model": {"encoder": "debug"}})
 
 
-def test_the_stages_of_pictures_follow_each_other_through_their_scripts(
+def test_the_four_stages_follow_each_other_through_their_scripts(
     run_data: dict[str, Any],
     tmp_path: Path,
     colour_shard: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Encoder -> letters -> adapter -> anneal (larger tiles) -> SFT (language model swapped), each from the export before it."""
+    """Encoder -> adapter -> anneal (larger tiles) -> SFT (language model swapped), each from the export before it."""
     plain = {"path": str(colour_shard), "style": "plain"}
     stages: dict[str, dict[str, Any]] = {
         "image-encoder": {
             "model": {"encoder": "debug", "text": {"width": 24, "n_layers": 1, "n_heads": 3, "embed_dim": 20}},
             "optim": {"steps": 2, "batch_size": 4, "lr": {"encoder": 1e-3, "head": 1e-3}},
         },
-        "image-align": {
-            "model": {"lm": "debug", "image": "debug", "encoder": str(tmp_path / "image-encoder" / "export")},
-            "optim": {"steps": 2, "batch_size": 4, "lr": {"encoder": 1e-3, "head": 1e-3}},
-        },
         "image-adapter": {
-            "model": {"init_from": str(tmp_path / "image-align" / "export")},
+            "model": {"lm": "debug", "image": "debug", "encoder": str(tmp_path / "image-encoder" / "export")},
             "data": {"sources": [plain], "heldout": [plain]},
         },
         "image-anneal": {

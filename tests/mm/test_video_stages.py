@@ -24,8 +24,8 @@ from mm.config import from_mapping
 from mm.model import MultimodalLlama
 from mm.train.config import TrainConfig, default_path, load_config
 from mm.train.feature_cache import FeatureCache
-from mm.train.objectives import load_model
 from mm.train.run_log import read_log
+from mm.train.start import load_model
 from mm.train.trainer import Collate, Trainer, TrainingError
 
 STAGES = ("video", "video-sft")
