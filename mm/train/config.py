@@ -257,6 +257,8 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"optim.{name} must be at least 1, got {value}")
+        if self.first_block < 0:
+            raise ValueError(f"optim.first_block must not be negative, got {self.first_block}")
         if self.warmup >= self.steps:
             raise ValueError(f"optim.warmup {self.warmup} must be less than optim.steps {self.steps}")
         if self.matrices not in ("adamw", "muon"):

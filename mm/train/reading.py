@@ -89,14 +89,14 @@ def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[li
     """
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            return list(messages[:i]), text_of(message)
+            return list(messages[:i]), _text(message)
     raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no answer")
 
 
 def first_question(raw: RawSample) -> str:
     """The text of the user's first turn."""
     turns = [message for message in raw.messages if message["role"] == "user"]
-    return text_of(turns[0]) if turns else ""
+    return _text(turns[0]) if turns else ""
 
 
 def media_of(raw: RawSample, kind: str) -> list[Any]:
@@ -132,6 +132,5 @@ def spelling_of(raw: RawSample) -> str:
     return transcript(said)
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """What a message says beside the media that it shows."""
+def _text(message: Mapping[str, Any]) -> str:
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text").strip()

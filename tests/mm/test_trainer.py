@@ -234,6 +234,7 @@ def test_command_line_beats_yaml_beats_defaults(run_data: dict[str, Any], tmp_pa
         ("model.swap_lm=debug", "finetuning swaps it"),
         ("model.lm=debug", "init_from brings its language model; leave lm out"),
         ("optim.first_block=3", "the encoder learns through all blocks"),
+        ("optim.first_block=-1", "first_block must not be negative, got -1"),
         ("data.sources.5.path=a.tar", "has no place"),
         ("data.sources.0.style=poem", "choose 'chat' or 'plain'"),
         ("dtype=float8", "choose one of float32, bfloat16"),
