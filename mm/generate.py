@@ -217,7 +217,7 @@ def _decode(
     assert model.tokenizer is not None
     samples = [processor.encode(messages, style=style, add_generation_prompt=True) for messages in conversations]
     with torch.inference_mode():
-        media = model.encode_media(processor.collate(samples).to(model.device))
+        media = model.encode_media(processor.collate(samples, pad_side="left").to(model.device))
 
     def decoder(ids_BT: Tensor, valid_BS: Tensor | None, cache: KVCache) -> Tensor:
         seen = media if cache.length == 0 else replace(media, speech_KD=None)  # what is sampled is no audio token

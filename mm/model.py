@@ -10,12 +10,13 @@ recording, K audio tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm.chat import chat_format
@@ -27,6 +28,7 @@ from mm.config import MultimodalConfig
 from mm.processor import Batch, Processor
 from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
+from speech.readout import TokenReadout
 from speech.streaming import below
 from speech.voice import Voice
 from video.adapter import VideoAdapter
@@ -47,11 +49,13 @@ class Media:
         pictures: keys and values of the pictures; None without pictures.
         clips: likewise of the clips.
         speech_KD: embeddings of all audio tokens, in reading order; None without recordings.
+        silent_BT: audio tokens of the batch that are passed over; None where all are heard.
     """
 
     pictures: CrossMemory | None = None
     clips: CrossMemory | None = None
     speech_KD: Tensor | None = None
+    silent_BT: Tensor | None = None
 
 
 NO_MEDIA = Media()
@@ -196,7 +200,7 @@ class MultimodalLlama(nn.Module):
 
     def encode_media(self, batch: Batch) -> Media:
         """Runs the encoders, once for each medium."""
-        return Media(self.encode_pictures(batch), self.encode_clips(batch), self.encode_speech(batch))
+        return Media(self.encode_pictures(batch), self.encode_clips(batch), *self.encode_speech(batch))
 
     def encode_pictures(self, batch: Batch) -> CrossMemory | None:
         """Every cross-attention block's keys and values of the batch's pictures; None without pictures."""
@@ -230,14 +234,40 @@ class MultimodalLlama(nn.Module):
             n_rows=batch.ids_BT.shape[0],
         )
 
-    def encode_speech(self, batch: Batch) -> Tensor | None:
-        """Embeddings `(K, D)` of the batch's audio tokens, in reading order; None without recordings."""
+    def encode_speech(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Embeddings `(K, D)` of the batch's audio tokens, in reading order, and which tokens `(B, T)` are passed over.
+
+        None without recordings; the latter also where all of them are heard, as they are without a readout.
+        """
         if batch.mel_ATM is None or batch.n_frames_A is None:
-            return None
+            return None, None
         if self.speech_encoder is None or self.speech_adapter is None:
             raise ValueError("audio: this model has no speech part")
         x_AUD, n_tokens_A = self.speech_adapter(*self.speech_encoder(batch.mel_ATM, batch.n_frames_A))
-        return x_AUD[below(n_tokens_A, x_AUD.shape[1])]
+        is_token_AU = below(n_tokens_A, x_AUD.shape[1])
+        if self.speech_adapter.readout is None:
+            return x_AUD[is_token_AU], None
+        heard_AUD, is_heard_AU = self.speech_adapter.readout(x_AUD, self.lm.embed_tokens.weight)
+        silent_BT = torch.zeros_like(batch.valid_BT)
+        silent_BT[batch.ids_BT == self.config.media_ids["audio"]] = ~is_heard_AU[is_token_AU]
+        return heard_AUD[is_token_AU], silent_BT
+
+    def read_speech(self, token_ids: Sequence[int]) -> None:
+        """From now on, hears speech as mixtures of these tokens (`speech.readout`); what the adapter has learnt stays.
+
+        Raises:
+            ValueError: there is no speech part, or it is heard so already.
+        """
+        adapter, speech = self.speech_adapter, self.config.speech
+        if adapter is None or speech is None:
+            raise ValueError("read_speech: this model has no speech part")
+        if adapter.readout is not None:
+            raise ValueError("read_speech: this model's speech is read out already")
+        table_VD = self.lm.embed_tokens.weight
+        adapter.config = replace(adapter.config, n_readout=len(token_ids))
+        adapter.readout = TokenReadout(adapter.config.lm_dim, len(token_ids)).to(table_VD)
+        adapter.readout.start(list(token_ids), table_VD)
+        self.config = replace(self.config, speech=replace(speech, adapter=adapter.config))
 
     def adapters(self, media: Media, position_BT: Tensor) -> Adapters:
         """What runs between the layers of the language model for tokens at these positions; clips before pictures (7.2)."""
@@ -282,6 +312,10 @@ class MultimodalLlama(nn.Module):
         position_BT = token_positions(h_BTD, valid_BS, past)
         if valid_BS is not None:
             position_BT = torch.where(valid_BS[:, past:], position_BT, -1)  # padding sees nothing
+        if media.silent_BT is not None:  # to the language model, silence is as padding; where pictures are, it counts
+            n_later = past + ids_BT.shape[1] - media.silent_BT.shape[1]
+            heard_BS = ~F.pad(media.silent_BT, (0, n_later))
+            valid_BS = heard_BS if valid_BS is None else valid_BS & heard_BS
         adapters = self.adapters(media, position_BT)
         if tap is not None:
             adapters = tap.over(adapters)

@@ -50,7 +50,9 @@ class LearningRates:
     Attributes:
         encoder: the ViT and its gated layers, or the Conformer.
         stem: a hybrid encoder's convolutional backbone.
-        adapter: projection and cross-attention blocks, the temporal aggregator, the speech adapter, and new tokens.
+        adapter: projection and cross-attention blocks, the temporal aggregator, and the speech adapter.
+        new_tokens: the rows of a medium beside the token table, such as those that enclose speech. Each is one vector, which has a
+            frozen language model do what it would not by itself, and wants far larger steps than matrices (docs/LOG.md).
         gates: the tanh gates of parts that train. They start at zero and scale whole layers, so they want larger steps than
             matrices.
         head: what a stage needs and no later one: text tower and projections, codebook heads, CTC heads, discriminators.
@@ -61,6 +63,7 @@ class LearningRates:
     encoder: float = 0.0
     stem: float = 0.0
     adapter: float = 0.0
+    new_tokens: float = 0.0
     gates: float = 0.0
     head: float = 0.0
     normalizer: float = 0.0
@@ -82,7 +85,7 @@ RATE_OF_PART = {
     "video_adapter": "adapter",
     "speech_encoder": "encoder",
     "speech_adapter": "adapter",
-    "new_tokens": "adapter",
+    "new_tokens": "new_tokens",
     "head": "head",
     "normalizer": "normalizer",
     "prosody": "voice",
@@ -142,7 +145,7 @@ STAGES: dict[str, Stage] = {
         Stage(name="speech-encoder", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),
         # Not the paper's: warm starts for small budgets, the first also the probe of what pre-training is worth.
         Stage(name="speech-ctc", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="ctc"),
-        Stage(name="speech-align", medium="audio", trains=_EARS - {"new_tokens"} | {"head"}, loss="token-ctc"),
+        Stage(name="speech-align", medium="audio", trains=_EARS - {"new_tokens"}, loss="token-ctc"),
         Stage(name="speech", medium="audio", trains=_EARS, loss="next-token", masks_prompts=True),
         Stage(name="tts-normalizer", medium="text", trains=frozenset({"normalizer"}), loss="rules"),
         Stage(name="tts-prosody", medium="voice", trains=frozenset({"prosody"}), loss="prosody"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lm.config import LlamaConfig
 from lm.model import FeedForward, RMSNorm
 from speech.conformer import ChunkedAttention, Chunks
+from speech.readout import TokenReadout
 from speech.streaming import StreamState, below, counts, take
 
 Count = TypeVar("Count", int, Tensor)
@@ -46,6 +47,8 @@ class SpeechAdapterConfig:
         stride: encoder frames that become one token.
         chunk_frames: encoder frames of a chunk, as in the encoder (1500 = 60 s).
         left_chunks: chunks before its own that a token sees.
+        n_readout: tokens of the language model as whose mixtures it is heard (`speech.readout`); 0: it is heard as it is, as in
+            the paper.
     """
 
     encoder_dim: int
@@ -58,6 +61,7 @@ class SpeechAdapterConfig:
     stride: int = 2
     chunk_frames: int = 1500
     left_chunks: int = 1
+    n_readout: int = 0
 
     def __post_init__(self) -> None:
         if self.dim % (2 * self.n_heads):
@@ -120,6 +124,8 @@ class SpeechAdapter(nn.Module):
         self.mlp = FeedForward(config.dim, config.ffn_dim)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.projection = nn.Linear(config.dim, config.lm_dim)
+        #: Turns what `forward` and `step` put out into what is heard, frame by frame.
+        self.readout = TokenReadout(config.lm_dim, config.n_readout) if config.n_readout else None
 
     @torch.no_grad()
     def match_embeddings(self, table_VD: Tensor) -> None:

@@ -9,7 +9,6 @@ Shape letters: B rows, T mel frames (10 ms), M mel bins, S frames of the output,
 
 from __future__ import annotations
 
-import math
 import string
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -155,26 +154,6 @@ class CTCProbe(CTCModel):
         return self.head(h_BSD), n_B
 
 
-class EmbeddingHead(nn.Module):
-    """Scores of tokens by the embeddings that a language model has for them, and of a blank.
-
-    Args:
-        embeddings_VD: of the tokens, which stay as they are.
-    """
-
-    def __init__(self, embeddings_VD: Tensor) -> None:
-        super().__init__()
-        self.embeddings_VD: Tensor
-        self.register_buffer("embeddings_VD", embeddings_VD.detach().float(), persistent=False)
-        self.blank = nn.Parameter(torch.zeros(embeddings_VD.shape[1]))
-        # A frame that is exactly a token's embedding scores ten, so there is no need to grow beyond it.
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10 / self.embeddings_VD.square().sum(-1).mean().item())))
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Logits `(B, S, 1 + V)`, the blank's first."""
-        return F.linear(x_BSD, torch.cat([self.blank[None], self.embeddings_VD])) * self.log_scale.exp()
-
-
 class TokenCTC(CTCModel):
     """Speech to the tokens of a frozen language model, every 80 ms, by its own embeddings.
 
@@ -182,18 +161,20 @@ class TokenCTC(CTCModel):
     understanding than its own loss finds on a small budget.
 
     Args:
-        encoder, adapter: of the model that is to hear.
-        symbols: the tokens.
-        embeddings_VD: the language model's, of these tokens.
+        encoder, adapter: of the model that is to hear; the adapter has a readout.
+        symbols: the readout's tokens.
+        table_VD: the language model's embeddings, which stay as they are.
     """
 
-    def __init__(self, encoder: Conformer, adapter: SpeechAdapter, symbols: Symbols, embeddings_VD: Tensor) -> None:
+    def __init__(self, encoder: Conformer, adapter: SpeechAdapter, symbols: Symbols, table_VD: Tensor) -> None:
         super().__init__()
-        assert len(symbols) == len(embeddings_VD)
+        assert adapter.readout is not None and len(symbols) == len(adapter.readout.token_ids)
         self.symbols, self.stack = symbols, encoder.config.stack * adapter.config.stride
         self.speech_encoder, self.speech_adapter = encoder, adapter
-        self.head = EmbeddingHead(embeddings_VD)
+        self.embeddings_RD: Tensor
+        self.register_buffer("embeddings_RD", adapter.readout.embeddings(table_VD).detach().float(), persistent=False)
 
     def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
         x_BSD, n_B = self.speech_adapter(*self.speech_encoder(mel_BTM, n_frames_B))
-        return self.head(x_BSD), n_B
+        assert self.speech_adapter.readout is not None
+        return self.speech_adapter.readout.scores(x_BSD, self.embeddings_RD), n_B

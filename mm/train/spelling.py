@@ -6,7 +6,7 @@ Shape letters: B rows, T mel frames (10 ms), M mel bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,16 +131,15 @@ class Spelling(Objective[CTCModel, SpellingReader]):
 
 
 class Tokens:
-    """The tokens of a language model that some transcripts are made of.
+    """Some of a language model's tokens; a text is spelt with them if it has no others.
 
     Args:
         tokenizer: the language model's.
-        texts: the transcripts; others can be spelt if they have no other tokens.
+        token_ids: which of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
-        self.tokenizer = tokenizer
-        self.token_ids = sorted({token for text in texts for token in tokenizer.encode(text)})
+    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int]) -> None:
+        self.tokenizer, self.token_ids = tokenizer, token_ids
         self._id = {token: i for i, token in enumerate(self.token_ids, start=1)}
 
     def __len__(self) -> int:
@@ -149,7 +148,7 @@ class Tokens:
     def spell(self, text: str) -> list[int]:
         tokens = self.tokenizer.encode(text)
         if unknown := [token for token in tokens if token not in self._id]:
-            raise ValueError(f"text: {self.tokenizer.decode(unknown)!r} in {text!r} is in none of the transcripts")
+            raise ValueError(f"text: the ears know no token {self.tokenizer.decode(unknown)!r}, which is in {text!r}")
         return [self._id[token] for token in tokens]
 
     def read(self, ids: Sequence[int]) -> str:
@@ -157,19 +156,23 @@ class Tokens:
 
 
 class Aligning(Spelling):
-    """A model's encoder and adapter, and the head that is thrown away.
+    """A model's encoder and adapter, which learn to write in its language model's tokens.
 
-    Every transcript of the run is read once at the start, for the tokens that occur: over a whole vocabulary the head would take
-    most of the time.
+    New ears get a readout of the tokens that occur in the run's transcripts, all of which are read once at the start: over a whole
+    vocabulary it would take most of the time.
     """
 
     def __init__(self, config: TrainConfig, whole: MultimodalLlama) -> None:
-        assert whole.speech_encoder is not None and whole.speech_adapter is not None and whole.config.speech is not None
+        encoder, adapter, speech = whole.speech_encoder, whole.speech_adapter, whole.config.speech
+        assert encoder is not None and adapter is not None and speech is not None
         self.whole = whole
-        tokens = Tokens(whole.processor.chat.tokenizer, _transcripts(config))
-        embeddings_VD = whole.lm.embed_tokens.weight[tokens.token_ids]
-        model = TokenCTC(whole.speech_encoder, whole.speech_adapter, tokens, embeddings_VD)
-        self._train(model, whole.speech_encoder, whole.config.speech.features, config)
+        tokenizer = whole.processor.chat.tokenizer
+        if adapter.readout is None:
+            whole.read_speech(sorted({token for text in _transcripts(config) for token in tokenizer.encode(text)}))
+        assert adapter.readout is not None
+        tokens = Tokens(tokenizer, adapter.readout.token_ids.tolist())
+        model = TokenCTC(encoder, adapter, tokens, whole.lm.embed_tokens.weight)
+        self._train(model, encoder, speech.features, config)
 
     def export(self, directory: Path) -> None:
         self.whole.save_pretrained(directory)

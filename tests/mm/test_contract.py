@@ -400,7 +400,7 @@ def test_3_a_recording_takes_as_many_tokens_as_embeddings_come_out(model):
     for n_frames in (10, 13, 16, 17, 24, 31):
         batch = batch_of(model, ("a", Recording(n_frames), "b"))
         n_tokens = int((batch.ids_BT == model.config.media_ids["audio"]).sum())
-        assert n_tokens == -(-n_frames // 8) == speech.n_tokens(n_frames) == len(model.encode_speech(batch))
+        assert n_tokens == -(-n_frames // 8) == speech.n_tokens(n_frames) == len(model.encode_media(batch).speech_KD)
         start = batch.ids_BT[0].tolist().index(speech.start_id)
         assert batch.ids_BT[0, start + 1 + n_tokens] == speech.end_id
 

@@ -25,7 +25,9 @@ from speech.vocoder import Vocoder
 from vision.contrastive import ContrastiveModel, TextTowerConfig
 from vision.encoder import PRESETS, ImageEncoder
 
-RATES = LearningRates(encoder=1e-3, stem=1e-4, adapter=2e-3, gates=3e-2, head=4e-3, normalizer=5e-3, voice=6e-3)
+RATES = LearningRates(
+    encoder=1e-3, stem=1e-4, adapter=2e-3, new_tokens=2e-2, gates=3e-2, head=4e-3, normalizer=5e-3, voice=6e-3
+)
 TEXT = TextTowerConfig(width=24, n_layers=1, n_heads=3, context_length=7, embed_dim=20)
 
 #: Sections 7.4, 7.5.2 and 8.3: the language model never trains; encoders do but for video; adapters where text is the target.
@@ -39,7 +41,7 @@ MATRIX = {
     "video-sft": {"aggregator", "video_adapter", "new_tokens"},
     "speech-encoder": {"speech_encoder", "head"},
     "speech-ctc": {"speech_encoder", "head"},
-    "speech-align": {"speech_encoder", "speech_adapter", "head"},
+    "speech-align": {"speech_encoder", "speech_adapter"},
     "speech": {"speech_encoder", "speech_adapter", "new_tokens"},
     "tts-normalizer": {"normalizer"},
     "tts-prosody": {"prosody"},
@@ -58,7 +60,8 @@ def model_of(stage: str) -> nn.Module:
     if stage == "speech-align":
         whole = debug_model()
         assert whole.speech_encoder is not None and whole.speech_adapter is not None
-        return TokenCTC(whole.speech_encoder, whole.speech_adapter, Letters(), whole.lm.embed_tokens.weight[:28])
+        whole.read_speech(range(len(Letters())))
+        return TokenCTC(whole.speech_encoder, whole.speech_adapter, Letters(), whole.lm.embed_tokens.weight)
     if stage == "video-align":
         whole = debug_model()
         assert whole.image_encoder is not None and whole.video_adapter is not None
@@ -132,6 +135,15 @@ def test_groups_have_their_rates_and_decay() -> None:
         vit.norm1.bias: (1e-3, 0.0),
     }
     assert {id(p): value for p, value in expected.items()}.items() <= settings.items()
+
+
+@pytest.mark.parametrize("stage", ["speech", "video", "video-sft"])
+def test_new_tokens_have_a_rate_of_their_own_and_do_not_decay(stage: str) -> None:
+    model = debug_model()
+    assert model.new_tokens is not None
+    (group,) = [g for g in apply(STAGES[stage], model, RATES, weight_decay=0.1) if g["name"] == "new_tokens"]
+    assert [id(p) for p in group["params"]] == [id(model.new_tokens.weight)]
+    assert (group["lr"], group["weight_decay"], group["matrices"]) == (2e-2, 0.0, False)
 
 
 def test_rate_zero_freezes_a_group() -> None:

@@ -75,7 +75,12 @@ def data(clip_shard: Path, tmp_path: Path) -> dict[str, Any]:
         "output": str(tmp_path / "run"),
         "model": {"init_from": "debug"},
         "data": {"sources": [{"path": str(clip_shard)}], "heldout": [{"path": str(clip_shard)}], "window": 2},
-        "optim": {"steps": 4, "batch_size": 4, "micro_batch_size": 2, "lr": {"adapter": 1e-3, "gates": 1e-2}},
+        "optim": {
+            "steps": 4,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "lr": {"adapter": 1e-3, "new_tokens": 1e-3, "gates": 1e-2},
+        },
         "eval": {"every": 100, "samples": 4, "pictures": 3, "max_new_tokens": 3},
         "checkpoint": {"every": 100},
     }
@@ -128,7 +133,7 @@ def test_the_cut_into_micro_batches_changes_nothing(stage: str, data: dict[str, 
 def test_debug_model_memorises_clips_of_which_two_differ_in_order_alone(data: dict[str, Any], tmp_path: Path) -> None:
     sources = [data["data"]["sources"][0] | {"style": "plain"}]
     data["data"] |= {"sources": sources, "heldout": sources, "window": 1, "feature_cache": str(tmp_path / "features")}
-    data["optim"] |= {"steps": 80, "micro_batch_size": 4, "lr": {"adapter": 2e-2, "gates": 2e-2}}
+    data["optim"] |= {"steps": 80, "micro_batch_size": 4, "lr": {"adapter": 2e-2, "new_tokens": 2e-2, "gates": 2e-2}}
     data |= {"eval": {"every": 1000, "samples": 4, "pictures": 4, "max_new_tokens": 12}}
     export = make_trainer(data).train()
     first, *_, last = read_log(tmp_path / "run")
@@ -167,7 +172,7 @@ def test_a_debug_model_tells_the_words_of_four_captions_and_video_goes_on_from_t
     assert last["heldout/words"] == 1.0 and last["heldout/loss"] < 0.3 < 1.5 < first["loss"]
     with Image.open(tmp_path / "run" / "samples" / "step_000060.png") as sheet:
         assert sheet.width >= 4 * 100
-    rates = {"adapter": 1e-3, "gates": 1e-3}
+    rates = {"adapter": 1e-3, "new_tokens": 1e-3, "gates": 1e-3}
     config = data | {"output": str(tmp_path / "video"), "model": {"init_from": str(export)}}
     after = make_trainer(config | {"optim": data["optim"] | {"lr": rates}}).model.state_dict()
     name = "video_adapter.aggregator.layers.0.mlp.up_proj.weight"

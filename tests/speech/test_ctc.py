@@ -120,17 +120,18 @@ def test_memorises(probe):
 
 
 def test_tokens_are_scored_by_the_language_models_own_embeddings(mel_BTM):
-    """A frame that is a token's embedding has that token for its best; the embeddings neither train nor are saved."""
+    """As the readout scores them; the embeddings neither train nor are saved."""
     encoder = Conformer(ENCODER)
-    config = SpeechAdapterConfig(encoder_dim=ENCODER.dim, lm_dim=31, dim=20, ffn_dim=17, n_heads=2)
-    table_VD = torch.randn(len(ALPHABET), 31, generator=torch.Generator().manual_seed(4)) * 0.05
-    model = TokenCTC(encoder, SpeechAdapter(config), Letters(), table_VD)
-    scores = model.head(table_VD[None])[0].detach()
-    assert (scores.argmax(-1) - 1).tolist() == list(range(len(ALPHABET)))
-    assert scores.diag(1).mean() == pytest.approx(10, rel=1e-4) and not scores[:, BLANK].any()
-    assert (
-        {name for name, _ in model.head.named_parameters()} == model.head.state_dict().keys() == {"blank", "log_scale"}
-    )
+    n = len(ALPHABET)
+    config = SpeechAdapterConfig(encoder_dim=ENCODER.dim, lm_dim=31, dim=20, ffn_dim=17, n_heads=2, n_readout=n)
+    adapter = SpeechAdapter(config)
+    table_VD = torch.randn(53, 31, generator=torch.Generator().manual_seed(4)) * 0.05
+    assert adapter.readout is not None
+    adapter.readout.start(list(range(7, 7 + n)), table_VD)
+    model = TokenCTC(encoder, adapter, Letters(), table_VD)
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"speech_encoder", "speech_adapter"}
     logits_BSV, n_B = model(mel_BTM, N_FRAMES)
-    assert n_B.tolist() == [3, 2, 1] and logits_BSV.shape == (3, 3, 1 + len(ALPHABET))
+    x_BSD, _ = adapter(*encoder(mel_BTM, N_FRAMES))
+    torch.testing.assert_close(logits_BSV, adapter.readout.scores(x_BSD, table_VD[7 : 7 + n]))
+    assert n_B.tolist() == [3, 2, 1] and logits_BSV.shape == (3, 3, 1 + n)
     assert model.stack == 8 and model.loss(mel_BTM, N_FRAMES, ["abc", "ab", "ab"]).n_too_short == 1

@@ -1,0 +1,174 @@
+"""The adapter's frames as mixtures of the language model's own embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mm.checkpoint import compose
+from mm.model import MultimodalLlama
+from mm.train.loss import next_token_loss
+from speech import readout
+from speech.readout import TokenReadout
+
+TOKENS = [2, 3, 5, 7, 11, 13]
+SPEECH = (torch.sin(torch.arange(9000) * 0.3) * 0.3, 16_000)
+
+
+@pytest.fixture
+def table_VD() -> torch.Tensor:
+    return torch.randn(17, 29, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+@pytest.fixture
+def ears(table_VD: torch.Tensor) -> TokenReadout:
+    ears = TokenReadout(29, len(TOKENS))
+    ears.start(TOKENS, table_VD)
+    return ears
+
+
+def test_a_tokens_embedding_scores_ten_and_nothing_scores_nothing(ears, table_VD):
+    scores = ears.scores(table_VD[TOKENS][None], ears.embeddings(table_VD))[0].detach()
+    assert scores.argmax(-1).tolist() == [1, 2, 3, 4, 5, 6]
+    assert scores.diag(1).mean() == pytest.approx(10, rel=1e-4) and not scores[:, 0].any()
+
+
+def test_what_is_sure_is_heard_as_the_token_itself(ears, table_VD):
+    """And what is surely blank not at all; between two tokens, half of each."""
+    with torch.no_grad():
+        ears.blank.copy_(-table_VD[TOKENS].mean(0))
+    heard, is_heard = ears(torch.cat([table_VD[TOKENS], ears.blank[None]])[None] * 100, table_VD)
+    torch.testing.assert_close(heard[0, :-1], table_VD[TOKENS])
+    assert is_heard[0].tolist() == [True] * len(TOKENS) + [False]
+    between = torch.linalg.lstsq(table_VD[TOKENS], torch.tensor([9.0, 9.0, 0, 0, 0, 0])).solution
+    with torch.no_grad():
+        ears.blank.zero_()
+        ears.log_scale.fill_(2.0)
+    torch.testing.assert_close(ears(between[None, None], table_VD)[0][0, 0], table_VD[TOKENS[:2]].mean(0))
+
+
+def test_a_token_is_heard_once(ears, table_VD):
+    """Until something else comes between, as in CTC."""
+    said = torch.stack([table_VD[TOKENS[i]] for i in (4, 4, 4, 1, 4)] + [torch.zeros(29), table_VD[TOKENS[4]]]) * 100
+    heard, is_heard = ears(said[None], table_VD)
+    assert is_heard[0].tolist() == [True, False, False, True, True, False, True]
+    torch.testing.assert_close(heard[0, [0, 3, 4, 6]], table_VD[[TOKENS[i] for i in (4, 1, 4, 4)]])
+
+
+def test_how_many_frames_are_read_at_a_time_changes_nothing(ears, table_VD, monkeypatch):
+    """Nor does what comes later; none is fine, too."""
+    x_BUD = torch.randn(3, 23, 29, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, dim=1)
+    whole = ears(x_BUD, table_VD)
+    for part, all_of_it in zip(ears(x_BUD[:, :7], table_VD), whole, strict=True):
+        torch.testing.assert_close(part, all_of_it[:, :7])
+    for size in (1, 5):
+        monkeypatch.setattr(readout, "CHUNK", size)
+        torch.testing.assert_close(ears(x_BUD, table_VD), whole)
+    assert ears(x_BUD[:, :0], table_VD)[0].shape == (3, 0, 29)
+
+
+@pytest.fixture
+def model() -> MultimodalLlama:
+    """Hears some of its tokens, and passes over some frames of `SPEECH`."""
+    model = MultimodalLlama.from_pretrained("debug")
+    model.read_speech(TOKENS)
+    assert model.speech_adapter is not None and model.speech_adapter.readout is not None
+    with torch.no_grad():
+        model.speech_adapter.readout.blank.normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def turn(*content: dict[str, object], answer: str = "So it is.") -> list[dict[str, object]]:
+    return [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]
+
+
+SAID = {"type": "audio", "audio": SPEECH}
+SEEN = {"type": "image", "image": torch.randint(256, (3, 40, 50), dtype=torch.uint8)}
+ASKED = {"type": "text", "text": "What is this?"}
+
+
+def test_what_is_not_heard_is_as_if_it_were_not_there(model):
+    """The logits of all else are those of the same conversation with the heard embeddings alone."""
+    batch = model.processor.collate([model.processor.encode(turn(SAID, ASKED))])
+    with torch.no_grad():
+        logits_BTV = model(batch)
+        speech_KD, silent_BT = model.encode_speech(batch)
+        h_BTD = model.embed(batch.ids_BT, speech_KD)
+        bare_BTV = model.lm.logits(model.lm.hidden(h_BTD[:, ~silent_BT[0]]))
+    n_audio = int((batch.ids_BT == model.config.media_ids["audio"]).sum())
+    assert 0 < int(silent_BT.sum()) < n_audio
+    torch.testing.assert_close(logits_BTV[:, ~silent_BT[0]], bare_BTV, atol=1e-5, rtol=0)
+
+
+def test_silence_does_not_move_pictures(model):
+    """A picture behind a recording is seen by the same tokens, in a batch as alone, trained on as asked about."""
+    samples = [model.processor.encode(turn(*content)) for content in ((SAID, SEEN, ASKED), (SEEN, ASKED), (ASKED,))]
+    with torch.no_grad():
+        for side in ("left", "right"):
+            batch = model.processor.collate(samples, pad_side=side)
+            together_BTV = model(batch)
+            for row, sample in enumerate(samples):
+                alone = model(model.processor.collate([sample]))
+                torch.testing.assert_close(together_BTV[row][batch.valid_BT[row]], alone[0], atol=1e-5, rtol=0)
+        picture_off = replace(batch, pictures=replace(batch.pictures, tiles_PNCHW=batch.pictures.tiles_PNCHW * 0))
+        changed_BT = (model(picture_off) - together_BTV).abs().amax(-1) > 1e-6
+    assert changed_BT[0][batch.ids_BT[0] == model.config.media_ids["image"]].all()
+    assert not changed_BT[0][: int((batch.ids_BT[0] == model.config.media_ids["image"]).nonzero())].any()
+
+
+def test_loss_and_generation_pass_over_silence_too(model):
+    sample = model.processor.encode(turn(SAID, ASKED))
+    batch = model.processor.collate([sample, sample])
+    with torch.no_grad():
+        logits = model(batch)[:, :-1][batch.supervised_BT[:, 1:]]
+        expected = F.cross_entropy(logits, batch.ids_BT[:, 1:][batch.supervised_BT[:, 1:]], reduction="sum")
+        torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-5, atol=1e-5)
+    asked, tokenizer = turn(SAID, ASKED)[:1], model.tokenizer
+    alone = model.generate(messages=asked, max_new_tokens=6)
+    _, again = model.generate(
+        [None, "What is this?"], audio=[None, SPEECH], image=[SEEN["image"], None], max_new_tokens=6
+    )
+    assert again.text == alone.text
+    prompt, answer = model.processor.encode(asked, add_generation_prompt=True), []
+    for _ in range(6):
+        longer = replace(prompt, ids=prompt.ids + answer, supervised=prompt.supervised + [False] * len(answer))
+        with torch.no_grad():
+            answer.append(int(model(model.processor.collate([longer]))[0, -1].argmax()))
+    assert tokenizer.decode(answer) == alone.text
+
+
+def test_a_model_hears_its_own_words_saves_them_and_loads_them(model, tmp_path):
+    batch = model.processor.collate([model.processor.encode(turn(SAID))])
+    with torch.no_grad():
+        heard_KD, silent_BT = model.encode_speech(batch)
+    words_RD = model.lm.embed_tokens.weight.detach()[TOKENS]
+    share_KR = torch.linalg.lstsq(words_RD.T, heard_KD.T).solution.T
+    torch.testing.assert_close(share_KR @ words_RD, heard_KD, atol=1e-5, rtol=0)
+    assert share_KR.min() > -1e-4
+    torch.testing.assert_close(share_KR.sum(-1), torch.ones(len(heard_KD)), atol=1e-3, rtol=0)
+    model.save_pretrained(tmp_path)
+    loaded = MultimodalLlama.from_pretrained(tmp_path)
+    again_KD, again_BT = loaded.encode_speech(batch)
+    assert torch.equal(again_KD, heard_KD) and torch.equal(again_BT, silent_BT) and loaded.config == model.config
+    in_bf16 = MultimodalLlama.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert in_bf16.speech_adapter.readout.token_ids.tolist() == TOKENS
+    assert in_bf16.encode_speech(batch)[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="read out already"):
+        loaded.read_speech(TOKENS)
+
+
+def test_a_model_without_ears_has_nothing_to_read():
+    with pytest.raises(ValueError, match="read_speech: this model has no speech part"):
+        compose("debug", image="debug").read_speech(TOKENS)
+
+
+def test_gradients_reach_adapter_and_readout(model):
+    heard_KD, _ = model.encode_speech(model.processor.collate([model.processor.encode(turn(SAID))]))
+    (heard_KD * torch.randn(heard_KD.shape)).sum().backward()
+    moved = {
+        name for name, p in model.speech_adapter.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    }
+    assert moved == {name for name, _ in model.speech_adapter.named_parameters()} - {"readout.blank"}
