@@ -266,7 +266,7 @@ class MultimodalLlama(nn.Module):
         table_VD = self.lm.embed_tokens.weight
         adapter.config = replace(adapter.config, n_readout=len(token_ids))
         adapter.readout = TokenReadout(adapter.config.lm_dim, len(token_ids)).to(table_VD)
-        adapter.readout.start(list(token_ids), table_VD)
+        adapter.readout.start(token_ids, table_VD)
         self.config = replace(self.config, speech=replace(speech, adapter=adapter.config))
 
     def adapters(self, media: Media, position_BT: Tensor) -> Adapters:

@@ -124,7 +124,7 @@ class SpeechAdapter(nn.Module):
         self.mlp = FeedForward(config.dim, config.ffn_dim)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.projection = nn.Linear(config.dim, config.lm_dim)
-        #: Turns what `forward` and `step` put out into what is heard, frame by frame.
+        #: Turns what `forward` and `step` put out into what is heard.
         self.readout = TokenReadout(config.lm_dim, config.n_readout) if config.n_readout else None
 
     @torch.no_grad()

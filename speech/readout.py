@@ -12,6 +12,7 @@ Shape letters: B rows, U frames of the adapter (80 ms), C frames of a chunk, D L
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class TokenReadout(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
-    def start(self, token_ids: list[int], table_VD: Tensor) -> None:
+    def start(self, token_ids: Sequence[int], table_VD: Tensor) -> None:
         """A new readout of these tokens: a frame that is exactly a token's embedding scores ten."""
         self.token_ids.copy_(torch.tensor(token_ids))
         self.log_scale.fill_(math.log(10 / self.embeddings(table_VD).float().square().sum(-1).mean().item()))
