@@ -1,4 +1,4 @@
-"""Varies speech: masks in the spectrogram (SpecAugment), speed, and noise.
+"""Varies speech: masks in the spectrogram (SpecAugment), its tempo and the speaker's vocal tract; speed, and noise.
 
 Everything draws from torch's global generator, which `data.stream` seeds for every sample.
 """
@@ -44,13 +44,18 @@ class WaveformAugmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAugmentConfig:
-    """Masks of `spec_augment`; the defaults are the Conformer paper's.
+    """Masks of `spec_augment`, by default the Conformer paper's, and how it stretches what it masks, by default not at all.
 
     Attributes:
+        tempo: range of how many times as fast; voices keep their pitch.
+        tract: range of the length of the vocal tract, 1 the speaker's own: what was at a mel bin comes to lie at `tract` times it
+            (vocal tract length perturbation, Jaitly and Hinton 2013, along the mel scale). With it voices are met that nobody has.
         n_frequency_masks, max_bins: masks over mel bins, and the width that each stays below.
         n_time_masks, max_share: masks over frames, and the share of the utterance that each stays below.
     """
 
+    tempo: tuple[float, float] = (1.0, 1.0)
+    tract: tuple[float, float] = (1.0, 1.0)
     n_frequency_masks: int = 2
     max_bins: int = 27
     n_time_masks: int = 10
@@ -59,6 +64,10 @@ class SpecAugmentConfig:
     def __post_init__(self) -> None:
         if min(self.n_frequency_masks, self.n_time_masks, self.max_bins) < 0:
             raise ValueError("n_frequency_masks, n_time_masks and max_bins cannot be negative")
+        for name in ("tempo", "tract"):
+            low, high = getattr(self, name)
+            if not 0.5 <= low <= high <= 2:
+                raise ValueError(f"{name} must be (low, high) within [0.5, 2], got {(low, high)}")
         if not 0 <= self.max_share <= 1:
             raise ValueError(f"max_share must be in [0, 1], got {self.max_share}")
 
@@ -109,16 +118,30 @@ def fit_noise(noise: Tensor, n_samples: int) -> Tensor:
 
 
 def spec_augment(mel_TM: Tensor, config: SpecAugmentConfig) -> Tensor:
-    """One utterance's normalised log-mel with stretches of time and frequency set to 0, its mean.
+    """One utterance's normalised log-mel `(T, M)`, stretched, with spans of time and frequency set to 0, its mean.
 
     Takes no padding: masks would be sized, and wasted, by it. For a batch, call it for every row's own frames.
     """
-    mel_TM = mel_TM.clone()
+    mel_TM = stretch_mel(mel_TM, tempo=_uniform(*config.tempo), tract=_uniform(*config.tract))
     for _ in range(config.n_frequency_masks):
         mel_TM = F.mask_along_axis(mel_TM, config.max_bins, 0.0, axis=1)
     for _ in range(config.n_time_masks):
         mel_TM = F.mask_along_axis(mel_TM, int(config.max_share * len(mel_TM)), 0.0, axis=0)
     return mel_TM
+
+
+def stretch_mel(mel_TM: Tensor, *, tempo: float, tract: float) -> Tensor:
+    """A log-mel of another tempo and vocal tract (`SpecAugmentConfig`), linearly interpolated: `(max(1, round(T / tempo)), M)`."""
+    n_frames, n_mels = mel_TM.shape
+    mel_TM = _interpolate(mel_TM, torch.arange(max(1, round(n_frames / tempo))) * tempo)
+    return _interpolate(mel_TM.T, torch.arange(n_mels) / tract).T.contiguous()
+
+
+def _interpolate(x_NX: Tensor, at_K: Tensor) -> Tensor:
+    """Rows at places between rows, `(K, X)`; past the last row, that one."""
+    at_K = at_K.clamp(max=len(x_NX) - 1)
+    below_K = at_K.long()
+    return torch.lerp(x_NX[below_K], x_NX[(below_K + 1).clamp(max=len(x_NX) - 1)], (at_K - below_K)[:, None])
 
 
 def _uniform(low: float, high: float) -> float:

@@ -166,12 +166,12 @@ class Processor:
         style: Style = "chat",
         add_generation_prompt: bool = False,
         key: str = "",
-        augment_audio: Callable[[Tensor], Tensor] = lambda waveform: waveform,
+        hear: Callable[[Any, LogMel], Tensor] = read_mel,
     ) -> Sample:
         """Tokenises and opens the media.
 
         Args:
-            augment_audio: changes a waveform `(samples,)` before its features are made.
+            hear: opens recordings.
 
         Raises:
             ValueError: a broken medium, or one that this model has no part for.
@@ -188,7 +188,7 @@ class Processor:
             elif span.kind == "video" and self.image is not None and self.video is not None:
                 self._add_clip(sample, span, self.image, self.video)
             elif span.kind == "audio" and self.speech is not None:
-                self._add_recording(sample, span, self.speech, augment_audio)
+                self._add_recording(sample, span, self.speech, hear)
             else:
                 raise ValueError(
                     f"{span.kind}: this model has no part that understands it; load one that has, such as 'bundled'"
@@ -214,11 +214,11 @@ class Processor:
         sample.supervised.append(False)
 
     def _add_recording(
-        self, sample: Sample, span: MediaSpan, speech: SpeechConfig, augment: Callable[[Tensor], Tensor]
+        self, sample: Sample, span: MediaSpan, speech: SpeechConfig, hear: Callable[[Any, LogMel], Tensor]
     ) -> None:
         """A recording is a start token, an audio token for each of its embeddings, and an end token."""
         assert self.log_mel is not None
-        mel_TM = read_mel(span.source, self.log_mel, augment)
+        mel_TM = hear(span.source, self.log_mel)
         sample.mels.append(mel_TM)
         n_tokens = speech.n_tokens(len(mel_TM))
         sample.ids += [speech.start_id, *[self.chat.media_ids["audio"]] * n_tokens, speech.end_id]

@@ -68,6 +68,24 @@ def n_frames_needed(ids: Sequence[int]) -> int:
     return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
+def merge_unused(logits_BSV: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """All symbols that are not asked for as one: the same loss, and of thousands of symbols a few hundred to align.
+
+    Args:
+        logits_BSV: of every symbol, the blank's first.
+        targets: symbols of all transcripts.
+
+    Returns:
+        logits: of the blank, of the symbols in `targets` and, last, of all others together.
+        targets: with the symbols' new numbers.
+    """
+    used = torch.tensor(sorted({BLANK, *targets}), device=logits_BSV.device)
+    unlikely = torch.finfo(torch.float32).min  # not -inf, whose gradient is NaN where no others are left
+    others_BS1 = logits_BSV.float().index_fill(-1, used, unlikely).logsumexp(-1, keepdim=True)
+    merged = torch.cat([logits_BSV.index_select(-1, used), others_BS1], dim=-1)
+    return merged, torch.searchsorted(used, torch.tensor(targets, dtype=torch.int64, device=used.device))
+
+
 class CTCOutput(NamedTuple):
     """What a batch gives; a term is one symbol (an empty transcript counts as one).
 
@@ -112,10 +130,11 @@ class CTCModel(nn.Module, ABC):
             raise ValueError(f"texts: {len(texts)} transcripts for {len(mel_BTM)} utterances; give one for each")
         spelt = [self.symbols.spell(text) for text in texts]
         logits_BSV, n_B = self(mel_BTM, n_frames_B)
+        logits_BSV, targets = merge_unused(logits_BSV, [i for ids in spelt for i in ids])
         fits = [n >= n_frames_needed(ids) for n, ids in zip(n_B.tolist(), spelt, strict=True)]
         loss_sum = F.ctc_loss(
             logits_BSV.double().log_softmax(-1).transpose(0, 1),
-            torch.tensor([i for ids in spelt for i in ids], dtype=torch.int64, device=logits_BSV.device),
+            targets,
             n_B,
             torch.tensor([len(ids) for ids in spelt], device=n_B.device),
             blank=BLANK,

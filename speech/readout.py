@@ -6,20 +6,38 @@ from its scores all the same. So the language model hears the mixture of its own
 with nothing new to say, as in CTC, it does not hear at all: to repeat what is said several times over, with silence between,
 is hard for a frozen language model, and to repeat a text is not.
 
-Shape letters: B rows, U frames of the adapter (80 ms), C frames of a chunk, D LM width, V vocabulary, R tokens that can be heard.
+Shape letters: B rows, U frames of the adapter (80 ms), C frames of a chunk, D LM width, V vocabulary,
+R tokens that can be heard.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speech.streaming import StreamState, below, counts, take
+
+#: Mixtures are of scores times this: by the scores alone, a frozen language model hears many words at once, and rambles.
+SHARPNESS = 3.0
 #: Frames of a row whose scores exist at one time: with 15,000 tokens, 31 MB.
 CHUNK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReadoutState(StreamState):
+    """Memory of a readout between steps.
+
+    Attributes:
+        best_B: the best token of each row's last frame, counted from 1; 0 is the blank.
+    """
+
+    best_B: Tensor
 
 
 class TokenReadout(nn.Module):
@@ -62,13 +80,50 @@ class TokenReadout(nn.Module):
             heard_BUD: for each frame the mixture of its tokens, the blank left out.
             is_heard_BU: False where the blank is the best, or the best token is that of the frame before.
         """
+        heard_BUD, is_heard_BU, _ = self._read(x_BUD, table_VD, self.init_state(len(x_BUD)))
+        return heard_BUD, is_heard_BU
+
+    def init_state(self, batch_size: int) -> TokenReadoutState:
+        """State of rows that have heard nothing."""
+        return TokenReadoutState(best_B=self.token_ids.new_zeros(batch_size, dtype=torch.int64))
+
+    def step(
+        self,
+        x_BUD: Tensor,
+        table_VD: Tensor,
+        state: TokenReadoutState,
+        *,
+        n_B: Tensor | None = None,
+        final: bool | Tensor = False,
+    ) -> tuple[Tensor, Tensor, TokenReadoutState]:
+        """Reads what a stream brings next; together, what is heard in all steps is that of `forward`.
+
+        Args:
+            x_BUD: new frames of the adapter, any number, also none.
+            table_VD: the language model's token embeddings.
+            n_B: how many are real in each row; all when None.
+            final: whether the stream ends here, for all rows or `(B,)`; the rows that end start anew in the state returned.
+
+        Returns:
+            heard_BUD, is_heard_BU: as in `forward`; False past a row's end.
+            state: for the next step.
+        """
+        n_B = counts(n_B, x_BUD)
+        heard_BUD, is_heard_BU, best_BU = self._read(x_BUD, table_VD, state)
+        state = dataclasses.replace(
+            state, best_B=take(torch.cat([state.best_B[:, None], best_BU], dim=1), n_B, 1)[:, 0]
+        )
+        ends_B = torch.as_tensor(final, device=x_BUD.device).expand(len(x_BUD))
+        return heard_BUD, is_heard_BU & below(n_B, x_BUD.shape[1]), state.reset(ends_B)
+
+    def _read(self, x_BUD: Tensor, table_VD: Tensor, state: TokenReadoutState) -> tuple[Tensor, Tensor, Tensor]:
+        """What frames that follow a state are heard as, which are heard, and the best token of each."""
         embeddings_RD = self.embeddings(table_VD)
-        before_B1 = torch.zeros(len(x_BUD), 1, dtype=torch.int64, device=x_BUD.device)
-        heard, is_heard = [], []
+        heard, best = [], []
         for x_BCD in x_BUD.split(CHUNK, dim=1):
             scores_BCR = self.scores(x_BCD, embeddings_RD)
-            best_BC = scores_BCR.argmax(-1)
-            is_heard.append((best_BC > 0) & (best_BC != torch.cat([before_B1, best_BC[:, :-1]], dim=1)))
-            heard.append(scores_BCR[..., 1:].softmax(-1).to(embeddings_RD.dtype) @ embeddings_RD)
-            before_B1 = best_BC[:, -1:]
-        return torch.cat(heard, dim=1), torch.cat(is_heard, dim=1)
+            best.append(scores_BCR.argmax(-1))
+            heard.append((SHARPNESS * scores_BCR[..., 1:]).softmax(-1).to(embeddings_RD.dtype) @ embeddings_RD)
+        best_BU = torch.cat(best, dim=1)
+        before_BU = torch.cat([state.best_B[:, None], best_BU[:, :-1]], dim=1)[:, : best_BU.shape[1]]
+        return torch.cat(heard, dim=1), (best_BU > 0) & (best_BU != before_BU), best_BU

@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024): momentum whose matrices are made orthogonal, so that a step moves all directions of a matrix alike.
 
-`torch.optim.Muon` is the same, but multiplies in bf16, which is a loss on CPUs that lack it, and takes one matrix at a time.
+`torch.optim.Muon` is the same, but always multiplies in bf16, which is a loss on CPUs that lack it, and takes one matrix at a time.
 
 Shape letters: X matrices of one shape, R rows, C columns, R <= C.
 """

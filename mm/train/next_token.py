@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from mm.train.config import DTYPES, UNVARIED, AugmentConfig, TrainConfig
 from mm.train.feature_cache import FeatureCache
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.objective import Objective
-from mm.train.reading import as_caption, first_question, media_of, one_exchange, split_answer
+from mm.train.reading import as_caption, first_question, media_of, one_exchange, read_varied, split_answer
 from mm.train.showing import picture_of, recognition_scores, share_right
 from mm.train.start import load_model
 
@@ -75,9 +76,8 @@ class ConversationReader:
             self.messages(raw, draw=augment),
             style=self.styles[raw.source],
             key=f"{raw.source}/{raw.key}",
-            augment_audio=vary.vary_waveform,
+            hear=partial(read_varied, vary=vary),
         )
-        sample.mels = [vary.vary_mel(mel_TM) for mel_TM in sample.mels]
         if len(sample.ids) > self.max_tokens:
             raise ValueError(f"{len(sample.ids)} tokens are more than max_tokens {self.max_tokens}")
         if self.count(sample) == 0:

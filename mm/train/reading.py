@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.make.sentences import spoken, transcript
@@ -14,7 +15,9 @@ from data.shards import Sample as RawSample
 from data.shards import Source, open_source
 from data.speech import open_speech
 from mm.languages import asr_prompt, ast_prompt
-from mm.train.config import SourceConfig
+from mm.processor import read_mel
+from mm.train.config import AugmentConfig, SourceConfig
+from speech.features import LogMel
 
 T = TypeVar("T")
 
@@ -115,6 +118,11 @@ def recording_of(raw: RawSample) -> Any:
     if len(recordings) != 1:
         raise ValueError(f"the sample has {len(recordings)} recordings; this stage learns from samples with one")
     return recordings[0]
+
+
+def read_varied(source: Any, log_mel: LogMel, vary: AugmentConfig) -> Tensor:
+    """Opens a recording as mel frames `(T, M)`, varied; how many there are may vary, too."""
+    return vary.vary_mel(read_mel(source, log_mel, vary.vary_waveform))
 
 
 def spelling_of(raw: RawSample) -> str:

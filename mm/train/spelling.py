@@ -17,12 +17,12 @@ from data.shards import Sample as RawSample
 from data.speech import speech_length
 from lm.tokenizer import Tokenizer
 from mm.model import MultimodalLlama
-from mm.processor import pad_frames, read_mel
+from mm.processor import pad_frames
 from mm.sheet import Shown, mel_picture
 from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
 from mm.train.encoders import read_encoder, save_encoder
 from mm.train.objective import Objective
-from mm.train.reading import read_once, recording_of, spelling_of
+from mm.train.reading import read_once, read_varied, recording_of, spelling_of
 from mm.train.showing import recognition_scores, share_right
 from speech.conformer import PRESETS, Conformer
 from speech.ctc import CTCModel, CTCProbe, Symbols, TokenCTC, n_frames_needed
@@ -71,7 +71,7 @@ class SpellingReader:
     def prepare(self, raw: RawSample, *, augment: bool = False) -> Utterance:
         vary = self.augment if augment else UNVARIED
         text = self.answer(raw)
-        mel_TM = vary.vary_mel(read_mel(recording_of(raw), self.log_mel, vary.vary_waveform))
+        mel_TM = read_varied(recording_of(raw), self.log_mel, vary)
         if (n_needed := n_frames_needed(self.symbols.spell(text))) > -(-len(mel_TM) // self.stack):
             raise ValueError(
                 f"{len(mel_TM)} mel frames are too few to spell {text!r}, which needs {n_needed * self.stack}"

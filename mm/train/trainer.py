@@ -182,7 +182,8 @@ class Trainer:
                 f"step {self.step + 1}: loss is {loss}, norm of the gradient {norm}; the batch is in {path}. "
                 "Look at its samples, or lower optim.lr"
             )
-        self.optimizer.step()
+        with self._autocast():  # Muon multiplies, too
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return {"loss": loss, "grad_norm": norm} | {f"lr/{name}": rate for name, rate in rates.items()}
 

@@ -17,6 +17,7 @@ from data.augment_audio import (
     coloured_noise,
     fit_noise,
     spec_augment,
+    stretch_mel,
 )
 
 N = 16_001
@@ -92,6 +93,29 @@ def test_spec_augment_of_the_shortest_utterance():
     assert (spec_augment(mel_TM, SpecAugmentConfig()) == 1).any(dim=1).all()
 
 
+def test_stretched_mel():
+    """A longer tract lifts what is at a bin, a faster tempo shortens it; as they were, bit for bit, nothing changes."""
+    ramp_TM = torch.arange(40.0)[:, None] + 100 * torch.arange(20.0)
+    assert torch.equal(stretch_mel(ramp_TM, tempo=1.0, tract=1.0), ramp_TM)
+    fast_TM = stretch_mel(ramp_TM, tempo=1.6, tract=1.0)
+    torch.testing.assert_close(fast_TM, (torch.arange(25.0) * 1.6).clamp(max=39)[:, None] + 100 * torch.arange(20.0))
+    short_TM = stretch_mel(ramp_TM, tempo=1.0, tract=0.8)
+    torch.testing.assert_close(short_TM[0], (100 * torch.arange(20.0) / 0.8).clamp(max=1900))
+    tone_TM = torch.zeros(7, 80).index_fill(1, torch.tensor([40]), 1.0)
+    assert stretch_mel(tone_TM, tempo=1.0, tract=1.1)[0].argmax() == 44
+    assert stretch_mel(tone_TM[:1], tempo=2.0, tract=1.0).shape == (1, 80)
+
+
+def test_tempo_and_tract_are_drawn():
+    config = SpecAugmentConfig(n_frequency_masks=0, n_time_masks=0, tempo=(0.8, 1.25), tract=(0.9, 1.1))
+    torch.manual_seed(0)
+    tone_TM = torch.zeros(100, 80).index_fill(1, torch.tensor([40]), 1.0)
+    drawn = [spec_augment(tone_TM, config) for _ in range(60)]
+    n_frames, bins = {len(mel_TM) for mel_TM in drawn}, {int(mel_TM[0].argmax()) for mel_TM in drawn}
+    assert 80 <= min(n_frames) < 85 and 120 < max(n_frames) <= 125 and len(n_frames) > 20
+    assert bins == set(range(36, 45))
+
+
 def test_the_seed_decides():
     config = WaveformAugmentation(noise_probability=0.5)
 
@@ -123,5 +147,8 @@ def test_bad_settings_are_named():
         WaveformAugmentation(snr_db=(40.0, 10.0))
     with pytest.raises(ValueError, match="max_share"):
         SpecAugmentConfig(max_share=5)
+    for name in ("tempo", "tract"):
+        with pytest.raises(ValueError, match=rf"{name} must be \(low, high\)"):
+            SpecAugmentConfig(**{name: (1.2, 0.9)})
     with pytest.raises(ValueError, match="cannot be negative"):
         SpecAugmentConfig(n_time_masks=-1)

@@ -30,8 +30,9 @@ def test_updates_are_nearly_orthogonal() -> None:
     assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=1, dim2=2)), atol=1e-4)
 
 
-def test_steps_are_those_of_torch() -> None:
-    """Which multiplies in bf16, so no nearer than that."""
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_steps_are_those_of_torch(in_bf16: bool) -> None:
+    """Which multiplies in bf16, so no nearer than that; with `dtype: bfloat16`, so do ours. Parameters stay FP32."""
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -42,10 +43,11 @@ def test_steps_are_those_of_torch() -> None:
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            optimizer.step()
         oracle.step()
     for p, q in zip(ours, theirs, strict=True):
-        assert torch.allclose(p, q, atol=0.01)
+        assert p.dtype == torch.float32 and torch.allclose(p, q, atol=0.01)
 
 
 def test_muon_gets_the_matrices_of_layers_alone() -> None:

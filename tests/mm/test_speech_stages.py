@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import runpy
 import sys
 from dataclasses import dataclass, replace
@@ -346,7 +347,8 @@ def test_recognition_scores() -> None:
 
 
 def test_only_training_samples_are_varied(data: dict[str, Any]) -> None:
-    data["data"] |= {"window": 1, "augment": {"waveform": {"speeds": [0.5]}, "spectrogram": {"max_share": 0.2}}}
+    slower = {"waveform": {"speeds": [0.5]}, "spectrogram": {"max_share": 0.2, "tempo": [0.5, 0.5]}}
+    data["data"] |= {"window": 1, "augment": slower}
     for stage in STAGES[1:]:
         trainer = make_trainer(stage, data)
         reader, raw = trainer.objective.reader, trainer.heldout[0]
@@ -359,10 +361,11 @@ def test_only_training_samples_are_varied(data: dict[str, Any]) -> None:
 
         assert torch.equal(mel_of(reader.prepare(raw)), plain)
         varied = mel_of(reader.prepare(raw, augment=True))
-        assert len(varied) == 2 * len(plain) and (varied == 0).all(0).any()  # slower, and with a band masked
+        assert len(varied) == 4 * len(plain) and (varied == 0).all(0).any()  # slower, and with a band masked
         batch = next(iter(trainer.stream))
         parts = [part.n_frames_A if stage == "speech" else part.n_frames_B for part in batch.micro_batches]
-        assert sorted(torch.cat(parts).tolist()) == sorted(20 * tenths for tenths, _ in SAID.values())
+        assert sorted(torch.cat(parts).tolist()) == sorted(40 * tenths for tenths, _ in SAID.values())
+        assert math.isfinite(trainer.accumulate(batch))  # there are as many audio tokens as frames want
 
 
 def test_bad_heldout_samples_are_left_out_at_the_start(

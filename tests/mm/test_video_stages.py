@@ -422,6 +422,11 @@ def test_a_video_part_may_start_from_the_image_part(data: dict[str, Any], tmp_pa
             {"model": {"init_from": "debug", "from_image": True}},
             "model.from_image: init_from brings a video part, which was trained",
         ),
+        (
+            "video",
+            {"model": {"init_from": "debug", "video": "debug", "from_image": True, "open_gates": 0.5}},
+            "the gates come from the image part; leave open_gates out",
+        ),
         ("video", {"model": {"init_from": "debug", "swap_lm": "debug"}}, "finetuning swaps it"),
         ("video", {"model": {"init_from": "debug", "swap_image": "debug"}}, "finetuning swaps it"),
         ("image-sft", {"model": {"init_from": "debug", "video": "debug"}}, "model.video: stage image-sft does not"),

@@ -8,12 +8,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Wav2Vec2CTCTokenizer
 
 from speech.adapter import SpeechAdapter, SpeechAdapterConfig
 from speech.conformer import Conformer, ConformerConfig
-from speech.ctc import ALPHABET, BLANK, CTCProbe, Letters, TokenCTC
+from speech.ctc import ALPHABET, BLANK, CTCProbe, Letters, TokenCTC, merge_unused
 
 ENCODER = ConformerConfig(n_mels=5, dim=12, n_layers=1, n_heads=3, ffn_dim=19)
 spell = Letters().spell
@@ -57,6 +58,21 @@ def test_loss_is_the_sum_over_alignments(probe, mel_BTM):
     output = probe.loss(mel_BTM, N_FRAMES, texts)
     assert output.loss_sum.item() == pytest.approx(sum(expected), rel=1e-5)
     assert (output.n_terms, output.n_too_short) == (3 + 3 + 1, 0)
+
+
+@pytest.mark.parametrize("targets", [[2, 5, 5, 1, 2], [], [*range(1, 8)]], ids=["some", "none", "all"])
+def test_symbols_that_are_not_asked_for_count_as_one(targets):
+    """The same loss and gradient as with all of them."""
+    logits_BSV = torch.randn(1, 17, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    merged, renumbered = merge_unused(logits_BSV, targets)
+    assert merged.shape[-1] == len({BLANK, *targets}) + 1
+    losses = [
+        F.ctc_loss(logits.double().log_softmax(-1)[0], ids, (17,), (len(targets),), reduction="sum")
+        for logits, ids in [(logits_BSV, torch.tensor(targets, dtype=torch.int64)), (merged, renumbered)]
+    ]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, logits_BSV, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
 def test_too_short_utterances_are_counted_and_left_out(probe, mel_BTM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,16 @@ def test_what_is_sure_is_heard_as_the_token_itself(ears, table_VD):
     torch.testing.assert_close(ears(between[None, None], table_VD)[0][0, 0], table_VD[TOKENS[:2]].mean(0))
 
 
+def test_what_is_likelier_is_heard_more_than_its_share(ears, table_VD):
+    """Twice as likely counts as eight times as much."""
+    with torch.no_grad():
+        ears.log_scale.zero_()
+    x_D = torch.linalg.lstsq(table_VD[TOKENS], torch.tensor([math.log(2), 0, *[-99.0] * 4])).solution
+    torch.testing.assert_close(
+        ears(x_D[None, None], table_VD)[0][0, 0], (8 * table_VD[TOKENS[0]] + table_VD[TOKENS[1]]) / 9
+    )
+
+
 def test_a_token_is_heard_once(ears, table_VD):
     """Until something else comes between, as in CTC."""
     said = torch.stack([table_VD[TOKENS[i]] for i in (4, 4, 4, 1, 4)] + [torch.zeros(29), table_VD[TOKENS[4]]]) * 100
@@ -68,6 +79,32 @@ def test_how_many_frames_are_read_at_a_time_changes_nothing(ears, table_VD, monk
         monkeypatch.setattr(readout, "CHUNK", size)
         torch.testing.assert_close(ears(x_BUD, table_VD), whole)
     assert ears(x_BUD[:, :0], table_VD)[0].shape == (3, 0, 29)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 46, [7, 0, 20, 19]])
+def test_streamed_it_hears_the_same(ears, table_VD, sizes):
+    """Also what goes on over the end of a step; a row that ends starts anew."""
+    x_BUD = torch.randn(3, 23, 29, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, dim=1)
+    heard_BUD, is_heard_BU = ears(x_BUD, table_VD)
+    assert 0 < is_heard_BU.sum() < is_heard_BU.numel()
+    state, steps = ears.init_state(3), []
+    for x in x_BUD.split(sizes, dim=1):
+        *heard, state = ears.step(x, table_VD, state)
+        steps.append(heard)
+    torch.testing.assert_close(torch.cat([heard for heard, _ in steps], dim=1), heard_BUD)
+    assert torch.equal(torch.cat([is_heard for _, is_heard in steps], dim=1), is_heard_BU)
+    _, again, _ = ears.step(x_BUD[:, -1:], table_VD, state)
+    ended = ears.step(x_BUD[:, :0], table_VD, state, final=torch.tensor([True, False, False]))[-1]
+    _, anew, _ = ears.step(x_BUD[:, -1:], table_VD, ended)
+    says_BU = ears(x_BUD[:, -1:], table_VD)[1]
+    assert not again.any() and torch.equal(anew, says_BU & torch.tensor([[True], [False], [False]])) and anew.any()
+
+
+def test_a_step_remembers_the_last_frame_that_a_row_has(ears, table_VD):
+    x_BUD = table_VD[TOKENS[:2]].expand(2, 2, 29) * 100
+    _, is_heard_BU, state = ears.step(x_BUD, table_VD, ears.init_state(2), n_B=torch.tensor([1, 2]))
+    assert is_heard_BU.tolist() == [[True, False], [True, True]] and state.best_B.tolist() == [1, 2]
+    assert ears.step(x_BUD, table_VD, state, n_B=torch.tensor([0, 0]))[-1].best_B.tolist() == [1, 2]
 
 
 @pytest.fixture
