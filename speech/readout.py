@@ -2,9 +2,9 @@
 
 A last linear layer of few inputs cannot put every token's embedding where the language model has it. Trained to tell tokens
 apart, as `speech-align` does, it puts out vectors ten times as long that hardly point there (docs/LOG.md). What it means is plain
-from its scores all the same. So the language model hears the mixture of its own embeddings that the scores stand for. Frames
-with nothing new to say, as in CTC, it does not hear at all: to repeat what is said several times over, with silence between,
-is hard for a frozen language model, and to repeat a text is not.
+from its scores all the same. So the language model hears the mixture of its own embeddings that the scores stand for,
+sharpened. Frames with nothing new to say, as in CTC, it does not hear at all: to repeat what is said several times over, with
+silence between, is hard for a frozen language model, and to repeat a text is not.
 
 Shape letters: B rows, U frames of the adapter (80 ms), C frames of a chunk, D LM width, V vocabulary,
 R tokens that can be heard.
