@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from speech.convnext import CausalConvNeXt
 from speech.phone_batch import PhoneBatch, PhoneEmbedding
-from speech.streaming import StreamState, below, take
+from speech.streaming import StreamState, below, ending, take
 from speech.vocoder import MEL_MEAN, MEL_STD
 
 #: Bring log duration in frames, log pitch in Hz and log power of phones to about mean 0 and variance 1.
@@ -170,7 +170,7 @@ class AcousticModel(nn.Module):
         """As `step`, with all that is known of the frames."""
         self._check(phones, prosody_BN3, frames_BN)
         ahead = self.config.lookahead
-        final_B = torch.as_tensor(final, device=frames_BN.device).expand(len(frames_BN))
+        final_B = ending(final, frames_BN)
         is_real_BN = below(phones.n_phones_B, frames_BN.shape[1])
         frames_BN, log_f0_BN = frames_BN.where(is_real_BN, 0), prosody_BN3[..., 1].where(is_real_BN, 0)
         prosody_BN3 = torch.stack([frames_BN.clamp(min=1).log(), *prosody_BN3.unbind(-1)[1:]], dim=-1)

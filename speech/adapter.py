@@ -26,7 +26,7 @@ from lm.config import LlamaConfig
 from lm.model import FeedForward, RMSNorm
 from speech.conformer import ChunkedAttention, Chunks
 from speech.readout import TokenReadout
-from speech.streaming import StreamState, below, counts, take
+from speech.streaming import StreamState, below, counts, ending, take
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -195,7 +195,7 @@ class SpeechAdapter(nn.Module):
         """
         n_B = counts(n_B, h_BSE)
         self._check(h_BSE, n_B)
-        final_B = torch.as_tensor(final, device=h_BSE.device).expand(len(h_BSE))
+        final_B = ending(final, h_BSE)
         n_overlap = self.config.kernel - self.config.stride  # frames that the convolution sees before a chunk
         chunk = state.frames_BSE.shape[1] - n_overlap
         recent_BSE = torch.cat([state.frames_BSE, h_BSE.to(state.frames_BSE.dtype)], dim=1)

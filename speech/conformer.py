@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm.model import apply_rope
-from speech.streaming import StreamState, below, counts, take
+from speech.streaming import StreamState, below, counts, ending, take
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -290,7 +290,7 @@ class Conformer(nn.Module):
         n_frames_B = counts(n_frames_B, mel_BTM)
         self._check(mel_BTM, n_frames_B)
         mel_BTM = mel_BTM.to(state.mel_BTM.dtype)
-        final_B = torch.as_tensor(final, device=mel_BTM.device).expand(len(mel_BTM))
+        final_B = ending(final, mel_BTM)
         chunk = state.mel_BTM.shape[1]  # in mel frames
         recent_BTM = torch.cat([state.mel_BTM, mel_BTM], dim=1)
         n_unread_B = state.n_unread_B + n_frames_B

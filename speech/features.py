@@ -18,7 +18,7 @@ import torch
 import torchaudio.functional as AF
 from torch import Tensor, nn
 
-from speech.streaming import StreamState, below, counts, take
+from speech.streaming import StreamState, below, counts, ending, take
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -159,7 +159,7 @@ class LogMel(nn.Module):
         window, hop = self.config.window, self.config.hop
         n_samples_B = counts(n_samples_B, waveform_BN)
         waveform_BN = _checked(waveform_BN, n_samples_B)
-        final_B = torch.as_tensor(final, device=waveform_BN.device).expand(len(waveform_BN))
+        final_B = ending(final, waveform_BN)
         recent_BN = torch.cat([state.samples_BN, waveform_BN], dim=1)
         n_unread_B = state.n_unread_B + n_samples_B
         n_complete_B = ((n_unread_B - window) // hop + 1).clamp(min=0)

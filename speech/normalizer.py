@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from speech.streaming import StreamState, below, take
+from speech.streaming import StreamState, below, ending, take
 from speech.tn_rules import RULES_OF_KIND, Rule
 from speech.tn_tokens import MAX_RUN, Kind, TNToken, align
 
@@ -271,7 +271,7 @@ class TextNormalizer(nn.Module):
         """
         self._check(batch)
         ahead, n_new_B = self.config.lookahead, batch.n_tokens_B
-        final_B = torch.as_tensor(final, device=n_new_B.device).expand(len(n_new_B))
+        final_B = ending(final, n_new_B)
         n_known_B = state.n_pending_B + n_new_B
         n_B = torch.where(final_B, n_known_B, (n_known_B - ahead).clamp(min=0))
         n_decided = int(n_B.max())

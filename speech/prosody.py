@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from speech.normalizer import LMFeatures
 from speech.phone_batch import PhoneBatch, PhoneEmbedding
-from speech.streaming import StreamState, below, counts, take
+from speech.streaming import StreamState, below, counts, ending, take
 
 #: Bring log duration in frames, log pitch in Hz and log power of phones to about mean 0 and variance 1.
 PROSODY_MEAN, PROSODY_STD = (2.0, 5.17, -3.4), (0.45, 0.1, 1.2)
@@ -300,7 +300,7 @@ class ProsodyModel(nn.Module):
         Raises:
             ValueError: features are missing, or not expected, or do not fit.
         """
-        final_B = torch.as_tensor(final, device=phones.n_phones_B.device).expand(len(phones.n_phones_B))
+        final_B = ending(final, phones.n_phones_B)
         n_phones_B = state.n_phones_B + phones.n_phones_B
         # One more step than phones: the last one's pitch and loudness come after its duration.
         end_B = torch.where(final_B & (n_phones_B > 0), n_phones_B + 1, n_phones_B - self.config.ahead)

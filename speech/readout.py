@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speech.streaming import StreamState, below, counts, take
+from speech.streaming import StreamState, below, counts, ending, take
 
 #: Mixtures are of scores times this: by the scores alone, a frozen language model hears many words at once, and rambles.
 SHARPNESS = 3.0
@@ -113,8 +113,8 @@ class TokenReadout(nn.Module):
         state = dataclasses.replace(
             state, best_B=take(torch.cat([state.best_B[:, None], best_BU], dim=1), n_B, 1)[:, 0]
         )
-        ends_B = torch.as_tensor(final, device=x_BUD.device).expand(len(x_BUD))
-        return heard_BUD, is_heard_BU & below(n_B, x_BUD.shape[1]), state.reset(ends_B)
+        final_B = ending(final, x_BUD)
+        return heard_BUD, is_heard_BU & below(n_B, x_BUD.shape[1]), state.reset(final_B)
 
     def _read(self, x_BUD: Tensor, table_VD: Tensor, state: TokenReadoutState) -> tuple[Tensor, Tensor, Tensor]:
         """What frames that follow a state are heard as, which are heard, and the best token of each."""

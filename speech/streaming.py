@@ -42,6 +42,11 @@ def counts(n_B: Tensor | None, x: Tensor) -> Tensor:
     return torch.full((len(x),), x.shape[1], device=x.device) if n_B is None else n_B.to(x.device)
 
 
+def ending(final: bool | Tensor, x: Tensor) -> Tensor:
+    """Which rows of `x` end their stream, `(B,)`: `final`, which may be said for all of them at once."""
+    return torch.as_tensor(final, device=x.device).expand(len(x))
+
+
 def below(n_B: Tensor, length: int) -> Tensor:
     """Mask `(B, length)`: True at the first `n_B[b]` entries of row b."""
     return torch.arange(length, device=n_B.device) < n_B[:, None]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from speech.convnext import CausalConvNeXt
 from speech.excitation import noise, pulses
-from speech.streaming import StreamState, below, counts, take
+from speech.streaming import StreamState, below, counts, ending, take
 from speech.voice_features import VoiceFeaturesConfig
 
 #: Brings log-mel values and log pitch of speech to about mean 0 and variance 1.
@@ -172,7 +172,7 @@ class Vocoder(nn.Module):
         self._check(mel_BTM, f0_BT)
         delay, hop = self.config.delay, self.config.features.hop
         n_B = counts(n_frames_B, mel_BTM)
-        final_B = torch.as_tensor(final, device=mel_BTM.device).expand(len(mel_BTM))
+        final_B = ending(final, mel_BTM)
         is_real_BT = below(n_B, mel_BTM.shape[1])
         mel_BTM, f0_BT = mel_BTM.clone().masked_fill(~is_real_BT[..., None], MEL_MEAN), f0_BT.where(is_real_BT, 0)
         if final_B.any():  # silence pushes the last frames out
