@@ -253,20 +253,21 @@ class MultimodalLlama(nn.Module):
         return heard_AUD[is_token_AU], silent_BT
 
     def read_speech(self, token_ids: Sequence[int]) -> None:
-        """From now on, hears speech as mixtures of these tokens (`speech.readout`); what the adapter has learnt stays.
+        """From now on, hears speech as mixtures of these tokens (`speech.readout`); what the ears have learnt stays.
 
         Raises:
-            ValueError: there is no speech part, or it is heard so already.
+            ValueError: there is no speech part.
         """
         adapter, speech = self.speech_adapter, self.config.speech
         if adapter is None or speech is None:
             raise ValueError("read_speech: this model has no speech part")
-        if adapter.readout is not None:
-            raise ValueError("read_speech: this model's speech is read out already")
         table_VD = self.lm.embed_tokens.weight
+        if adapter.readout is None:
+            adapter.readout = TokenReadout(adapter.config.lm_dim, len(token_ids)).to(table_VD)
+            adapter.readout.start(token_ids, table_VD)
+        else:
+            adapter.readout.retoken(token_ids)
         adapter.config = replace(adapter.config, n_readout=len(token_ids))
-        adapter.readout = TokenReadout(adapter.config.lm_dim, len(token_ids)).to(table_VD)
-        adapter.readout.start(token_ids, table_VD)
         self.config = replace(self.config, speech=replace(speech, adapter=adapter.config))
 
     def adapters(self, media: Media, position_BT: Tensor) -> Adapters:

@@ -4,7 +4,8 @@ It needs transcripts only, no alignment. `CTCProbe`, a linear head on the encode
 and a warm start for small budgets. `TokenCTC` goes on from there: the adapter writes the transcript in the embeddings that a
 frozen language model has for its tokens, which costs a fraction of running that model.
 
-Shape letters: B rows, T mel frames (10 ms), M mel bins, S frames of the output, D width, V symbols and the blank.
+Shape letters: B rows, T mel frames (10 ms), M mel bins, S frames of the output, N of them of all rows, D width, V symbols with
+the blank.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
 
 BLANK = 0
+#: Frames whose logits over all symbols exist at one time: with 15,000 tokens, 15 MB.
+CHUNK = 256
 ALPHABET = " '" + string.ascii_lowercase  # index 0 is the blank, so letter i has id i + 1
 _ID = {letter: i for i, letter in enumerate(ALPHABET, start=1)}
 
@@ -68,22 +72,19 @@ def n_frames_needed(ids: Sequence[int]) -> int:
     return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
-def merge_unused(logits_BSV: Tensor, targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+def merge_unused(logits_NV: Tensor, used: Tensor) -> Tensor:
     """All symbols that are not asked for as one: the same loss, and of thousands of symbols a few hundred to align.
 
     Args:
-        logits_BSV: of every symbol, the blank's first.
-        targets: symbols of all transcripts.
+        logits_NV: of every symbol.
+        used: symbols to keep, each once.
 
     Returns:
-        logits: of the blank, of the symbols in `targets` and, last, of all others together.
-        targets: with the symbols' new numbers.
+        Logits of the symbols in `used` and, last, of all others together.
     """
-    used = torch.tensor(sorted({BLANK, *targets}), device=logits_BSV.device)
     unlikely = torch.finfo(torch.float32).min  # not -inf, whose gradient is NaN where no others are left
-    others_BS1 = logits_BSV.float().index_fill(-1, used, unlikely).logsumexp(-1, keepdim=True)
-    merged = torch.cat([logits_BSV.index_select(-1, used), others_BS1], dim=-1)
-    return merged, torch.searchsorted(used, torch.tensor(targets, dtype=torch.int64, device=used.device))
+    others_N1 = logits_NV.float().index_fill(-1, used, unlikely).logsumexp(-1, keepdim=True)
+    return torch.cat([logits_NV.index_select(-1, used), others_N1], dim=-1)
 
 
 class CTCOutput(NamedTuple):
@@ -112,8 +113,17 @@ class CTCModel(nn.Module, ABC):
     stack: int
 
     @abstractmethod
+    def encode(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Output frames `(B, S, D)` and the number of real ones of each row, `(B,)`."""
+
+    @abstractmethod
+    def score(self, x: Tensor) -> Tensor:
+        """Logits `(..., V)` of output frames `(..., D)`."""
+
     def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(B, S, V)` and the number of real output frames of each row, `(B,)`."""
+        x_BSD, n_B = self.encode(mel_BTM, n_frames_B)
+        return self.score(x_BSD), n_B
 
     def loss(self, mel_BTM: Tensor, n_frames_B: Tensor, texts: Sequence[str]) -> CTCOutput:
         """Loss of a batch.
@@ -129,12 +139,20 @@ class CTCModel(nn.Module, ABC):
         if len(texts) != len(mel_BTM):
             raise ValueError(f"texts: {len(texts)} transcripts for {len(mel_BTM)} utterances; give one for each")
         spelt = [self.symbols.spell(text) for text in texts]
-        logits_BSV, n_B = self(mel_BTM, n_frames_B)
-        logits_BSV, targets = merge_unused(logits_BSV, [i for ids in spelt for i in ids])
+        x_BSD, n_B = self.encode(mel_BTM, n_frames_B)
+        targets = torch.tensor([i for ids in spelt for i in ids], dtype=torch.int64, device=x_BSD.device)
+        used = torch.cat([targets.new_tensor([BLANK]), targets]).unique()
+        # Of all symbols, logits exist for a few frames at one time; the backward pass computes them anew.
+        logits_BSV = torch.cat(
+            [
+                checkpoint(lambda x_ND: merge_unused(self.score(x_ND), used), x_ND, use_reentrant=False)
+                for x_ND in x_BSD.flatten(0, 1).split(CHUNK)
+            ]
+        ).unflatten(0, x_BSD.shape[:2])
         fits = [n >= n_frames_needed(ids) for n, ids in zip(n_B.tolist(), spelt, strict=True)]
         loss_sum = F.ctc_loss(
             logits_BSV.double().log_softmax(-1).transpose(0, 1),
-            targets,
+            torch.searchsorted(used, targets),
             n_B,
             torch.tensor([len(ids) for ids in spelt], device=n_B.device),
             blank=BLANK,
@@ -168,9 +186,11 @@ class CTCProbe(CTCModel):
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.dim, 1 + len(self.symbols))
 
-    def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        h_BSD, n_B = self.encoder(mel_BTM, n_frames_B)
-        return self.head(h_BSD), n_B
+    def encode(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(mel_BTM, n_frames_B)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.head(x)
 
 
 class TokenCTC(CTCModel):
@@ -193,7 +213,9 @@ class TokenCTC(CTCModel):
         self.embeddings_RD: Tensor
         self.register_buffer("embeddings_RD", adapter.readout.embeddings(table_VD).detach().float(), persistent=False)
 
-    def forward(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        x_BSD, n_B = self.speech_adapter(*self.speech_encoder(mel_BTM, n_frames_B))
+    def encode(self, mel_BTM: Tensor, n_frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        return self.speech_adapter(*self.speech_encoder(mel_BTM, n_frames_B))
+
+    def score(self, x: Tensor) -> Tensor:
         assert self.speech_adapter.readout is not None
-        return self.speech_adapter.readout.scores(x_BSD, self.embeddings_RD), n_B
+        return self.speech_adapter.readout.scores(x, self.embeddings_RD)

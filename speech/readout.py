@@ -58,16 +58,22 @@ class TokenReadout(nn.Module):
     @torch.no_grad()
     def start(self, token_ids: Sequence[int], table_VD: Tensor) -> None:
         """A new readout of these tokens: a frame that is exactly a token's embedding scores ten."""
-        self.token_ids.copy_(torch.tensor(token_ids))
+        self.retoken(token_ids)
         self.log_scale.fill_(math.log(10 / self.embeddings(table_VD).float().square().sum(-1).mean().item()))
+
+    def retoken(self, token_ids: Sequence[int]) -> None:
+        """Hears other tokens than before. Nothing was learnt for any one of them: their embeddings are the language model's."""
+        self.token_ids = self.token_ids.new_tensor(token_ids)
 
     def embeddings(self, table_VD: Tensor) -> Tensor:
         """Of its tokens, `(R, D)`, out of the language model's table."""
         return table_VD[self.token_ids.long()]
 
-    def scores(self, x_BUD: Tensor, embeddings_RD: Tensor) -> Tensor:
-        """Logits `(B, U, 1 + R)`, the blank's first, FP32."""
-        return F.linear(x_BUD, torch.cat([self.blank[None], embeddings_RD])).float() * self.log_scale.exp()
+    def scores(self, x: Tensor, embeddings_RD: Tensor) -> Tensor:
+        """Logits `(..., 1 + R)` of frames `(..., D)`, the blank's first, FP32."""
+        x = x * self.log_scale.exp()
+        # Apart, so that no gradient is computed for the embeddings, which are frozen.
+        return torch.cat([F.linear(x, self.blank[None]), F.linear(x, embeddings_RD)], dim=-1).float()
 
     def forward(self, x_BUD: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
         """What the language model hears.

@@ -19,7 +19,7 @@ from lm.tokenizer import Tokenizer
 from mm.model import MultimodalLlama
 from mm.processor import pad_frames
 from mm.sheet import Shown, mel_picture
-from mm.train.config import UNVARIED, AugmentConfig, TrainConfig
+from mm.train.config import DTYPES, UNVARIED, AugmentConfig, TrainConfig
 from mm.train.encoders import read_encoder, save_encoder
 from mm.train.objective import Objective
 from mm.train.reading import read_once, read_varied, recording_of, spelling_of
@@ -158,8 +158,8 @@ class Tokens:
 class Aligning(Spelling):
     """A model's encoder and adapter, which learn to write in its language model's tokens.
 
-    New ears get a readout of the tokens that occur in the run's transcripts, all of which are read once at the start: over a whole
-    vocabulary it would take most of the time.
+    They get a readout of the tokens that occur in the run's transcripts, all of which are read once at the start, beside those that
+    they know: over a whole vocabulary it would take most of the time.
     """
 
     def __init__(self, config: TrainConfig, whole: MultimodalLlama) -> None:
@@ -167,12 +167,17 @@ class Aligning(Spelling):
         assert encoder is not None and adapter is not None and speech is not None
         self.whole = whole
         tokenizer = whole.processor.chat.tokenizer
-        if adapter.readout is None:
-            whole.read_speech(sorted({token for text in _transcripts(config) for token in tokenizer.encode(text)}))
+        known = set() if adapter.readout is None else set(adapter.readout.token_ids.tolist())
+        whole.read_speech(sorted(known.union(*map(tokenizer.encode, _transcripts(config)))))
         assert adapter.readout is not None
         tokens = Tokens(tokenizer, adapter.readout.token_ids.tolist())
         model = TokenCTC(encoder, adapter, tokens, whole.lm.embed_tokens.weight)
+        self.dtype = DTYPES[config.dtype]
         self._train(model, encoder, speech.features, config)
+
+    def freeze_precision(self) -> None:
+        assert isinstance(self.model, TokenCTC)
+        self.model.embeddings_RD = self.model.embeddings_RD.to(self.dtype)
 
     def export(self, directory: Path) -> None:
         self.whole.save_pretrained(directory)

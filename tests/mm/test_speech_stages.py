@@ -275,6 +275,18 @@ def test_the_stages_follow_each_other_through_their_scripts(
     assert torch.equal(model.lm(ids), frozen(ids))
 
 
+def test_ears_that_go_on_learn_new_tokens_and_keep_those_that_they_know(data: dict[str, Any], tmp_path: Path) -> None:
+    model = MultimodalLlama.from_pretrained("debug")
+    rare = model.config.lm.vocab_size - 1
+    model.read_speech([rare])
+    model.save_pretrained(tmp_path / "before")
+    trainer = make_trainer("speech-align", data, model={"init_from": str(tmp_path / "before")})
+    export = MultimodalLlama.from_pretrained(trainer.train())
+    said = {token for raw in trainer.heldout for token in model.processor.chat.tokenizer.encode(spelling_of(raw))}
+    assert export.speech_adapter is not None and export.speech_adapter.readout is not None
+    assert set(export.speech_adapter.readout.token_ids.tolist()) == {rare} | said and len(said) > 1
+
+
 def test_ears_are_given_to_a_model_with_eyes(data: dict[str, Any], tmp_path: Path) -> None:
     """The eyes and what they answer go into the export bit for bit, also from a run in bf16."""
     seeing = MultimodalLlama.from_pretrained("debug")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Wav2Vec2CTCTokenizer
 
+import speech.ctc
 from speech.adapter import SpeechAdapter, SpeechAdapterConfig
 from speech.conformer import Conformer, ConformerConfig
 from speech.ctc import ALPHABET, BLANK, CTCProbe, Letters, TokenCTC, merge_unused
@@ -63,16 +64,29 @@ def test_loss_is_the_sum_over_alignments(probe, mel_BTM):
 @pytest.mark.parametrize("targets", [[2, 5, 5, 1, 2], [], [*range(1, 8)]], ids=["some", "none", "all"])
 def test_symbols_that_are_not_asked_for_count_as_one(targets):
     """The same loss and gradient as with all of them."""
-    logits_BSV = torch.randn(1, 17, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    merged, renumbered = merge_unused(logits_BSV, targets)
-    assert merged.shape[-1] == len({BLANK, *targets}) + 1
+    logits_NV = torch.randn(17, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    targets_N = torch.tensor(targets, dtype=torch.int64)
+    used = torch.tensor(sorted({BLANK, *targets}))
+    merged = merge_unused(logits_NV, used)
+    assert merged.shape == (17, len(used) + 1)
     losses = [
-        F.ctc_loss(logits.double().log_softmax(-1)[0], ids, (17,), (len(targets),), reduction="sum")
-        for logits, ids in [(logits_BSV, torch.tensor(targets, dtype=torch.int64)), (merged, renumbered)]
+        F.ctc_loss(logits.double().log_softmax(-1), ids, (17,), (len(targets),), reduction="sum")
+        for logits, ids in [(logits_NV, targets_N), (merged, torch.searchsorted(used, targets_N))]
     ]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    gradients = [torch.autograd.grad(loss, logits_BSV, retain_graph=True)[0] for loss in losses]
+    gradients = [torch.autograd.grad(loss, logits_NV, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_loss_in_pieces_is_the_loss(probe, mel_BTM, monkeypatch):
+    """Logits are computed, and computed anew on the way back, for a few frames at a time."""
+    texts = ["a b", "zoo", "x"]
+    whole = probe.loss(mel_BTM, N_FRAMES, texts).loss_sum
+    monkeypatch.setattr(speech.ctc, "CHUNK", 2)
+    pieces = probe.loss(mel_BTM, N_FRAMES, texts).loss_sum
+    torch.testing.assert_close(pieces, whole)
+    gradients = [torch.autograd.grad(loss, [*probe.parameters()]) for loss in (pieces, whole)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_too_short_utterances_are_counted_and_left_out(probe, mel_BTM):
