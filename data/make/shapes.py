@@ -38,6 +38,14 @@ COLOURS: dict[str, Colour] = {
     "pink": (248, 150, 190),
     "brown": (116, 68, 32),
 }
+#: Colours and outlines (below) of training pictures alone. With more pairs than can be learnt one by one, what shape a thing has
+#: and what colour have to be told apart.
+TRAINING_COLOURS: dict[str, Colour] = {
+    "gray": (128, 128, 128),
+    "cyan": (64, 206, 226),
+    "lime": (168, 228, 44),
+    "tan": (208, 174, 124),
+}
 #: 12 of the 80 pairs are never drawn in training; each colour and each shape has one at least.
 HELDOUT_PAIRS = frozenset(
     (shape, list(COLOURS)[(3 * i + offset) % 10])
@@ -77,6 +85,14 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
+def _moon() -> list[tuple[float, float]]:
+    """A crescent that is open to the right: most of a circle, and back along a flatter arc."""
+    outer = [(math.cos(t), math.sin(t)) for t in (math.pi * (0.3 + 1.4 * i / 32) for i in range(33))]
+    left, (tip_x, tip_y) = -0.45, outer[0]
+    inner = [(left + (tip_x - left) * (y / tip_y) ** 2, y) for y in (-tip_y + 2 * tip_y * i / 16 for i in range(1, 16))]
+    return [*outer, *inner]
+
+
 _A, _B = 0.32, 0.94
 #: Outlines within the unit circle.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
@@ -90,6 +106,22 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
     "cross": [(-_A, -_B), (_A, -_B), (_A, -_A), (_B, -_A), (_B, _A), (_A, _A),
               (_A, _B), (-_A, _B), (-_A, _A), (-_B, _A), (-_B, -_A), (-_A, -_A)],
 }  # fmt: skip
+TRAINING_OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "oval": [(0.55 * x, y) for x, y in _polygon(64)],
+    "moon": _moon(),
+    "arrow": [(0, -1), (0.75, -0.15), (0.3, -0.15), (0.3, 0.94), (-0.3, 0.94), (-0.3, -0.15), (-0.75, -0.15)],
+    "house": [(0, -0.98), (0.7, -0.3), (0.55, -0.3), (0.55, 0.8), (-0.55, 0.8), (-0.55, -0.3), (-0.7, -0.3)],
+    "bolt": [(0.28, -0.95), (-0.52, 0.16), (-0.06, 0.16), (-0.28, 0.95), (0.52, -0.2), (0.08, -0.2)],
+    "drop": [(0, -1), *((0.6 * math.cos(t), 0.36 + 0.6 * math.sin(t)) for t in (math.pi * (i - 3) / 24 for i in range(31)))],
+}  # fmt: skip
+
+
+#: What pictures of a split may have; the training ones have all that there is.
+PALETTES: Mapping[Split, Mapping[str, Colour]] = {"train": COLOURS | TRAINING_COLOURS, "heldout": COLOURS}
+FORMS: Mapping[Split, Mapping[str, Sequence[tuple[float, float]]]] = {
+    "train": OUTLINES | TRAINING_OUTLINES,
+    "heldout": OUTLINES,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +165,8 @@ def plural(shape: str, count: int) -> str:
 class Shapes:
     """Scenes of one to five objects in one or two groups.
 
-    Held out are the pairs of shape and colour in `HELDOUT_PAIRS`: every held-out picture has one, no training one any.
+    Held out are the pairs of shape and colour in `HELDOUT_PAIRS`: every held-out picture has one, no training one any. Held-out
+    pictures have `SHAPES` and `COLOURS` alone, training ones others, too.
     """
 
     name: ClassVar[str] = "shapes"
@@ -142,7 +175,7 @@ class Shapes:
 
     def draw(self, rng: random.Random, split: Split, index: int) -> Picture:
         scene = random_scene(rng, split)
-        ground = contrasting_ground(rng, [COLOURS[group.colour] for group in scene.groups])
+        ground = contrasting_ground(rng, [PALETTES["train"][group.colour] for group in scene.groups])
         image = photograph(rng, paint(rng, scene, ground))
         caption = " and ".join(map(str, scene.groups))
         return Picture(image=image, caption=caption, questions=choose_questions(rng, list(all_questions(scene))))
@@ -166,7 +199,7 @@ def random_scene(rng: random.Random, split: Split) -> Scene:
 def _random_kinds(rng: random.Random, split: Split, n_groups: int) -> list[tuple[str, str]]:
     """Pairs that differ in shape and in colour."""
     while True:
-        shapes, colours = rng.sample(SHAPES, n_groups), rng.sample(list(COLOURS), n_groups)
+        shapes, colours = (rng.sample(list(names), n_groups) for names in (FORMS[split], PALETTES[split]))
         kinds = list(zip(shapes, colours, strict=True))
         if bool(HELDOUT_PAIRS.intersection(kinds)) == (split == "heldout"):
             return kinds
@@ -203,7 +236,7 @@ def paint(rng: random.Random, scene: Scene, ground: Ground) -> Image.Image:
     """Paints a scene with smooth edges; `rng` moves each group's colour a little."""
     image = ground.paint(rng, scene.size)
     for group in scene.groups:
-        colour = tuple(min(255, max(0, channel + rng.randint(-12, 12))) for channel in COLOURS[group.colour])
+        colour = tuple(min(255, max(0, channel + rng.randint(-12, 12))) for channel in PALETTES["train"][group.colour])
         for thing in group.things:
             _paint_thing(image, thing, colour)
     return image
@@ -215,7 +248,7 @@ def _paint_thing(image: Image.Image, thing: Thing, colour: tuple[int, ...]) -> N
     cos, sin = math.cos(thing.tilt) * thing.radius, math.sin(thing.tilt) * thing.radius
     corners = [
         (SUPERSAMPLING * (thing.x - left + x * cos - y * sin), SUPERSAMPLING * (thing.y - top + x * sin + y * cos))
-        for x, y in OUTLINES[thing.shape]
+        for x, y in FORMS["train"][thing.shape]
     ]
     mask = Image.new("L", (SUPERSAMPLING * side, SUPERSAMPLING * side))
     ImageDraw.Draw(mask).polygon(corners, fill=255)

@@ -192,7 +192,8 @@ def read_scene(image: Image.Image) -> list[tuple[str, float, float]]:
     for blob in blobs(image):
         colour = np.median(pixels[tuple(blob.T)], axis=0)
         y, x = (blob.min(0) + blob.max(0)) / 2
-        read.append((min(shapes.COLOURS, key=lambda name: math.dist(shapes.COLOURS[name], colour)), x, y))
+        palette = shapes.PALETTES["train"]
+        read.append((min(palette, key=lambda name: math.dist(palette[name], colour)), x, y))
     return read
 
 
@@ -240,18 +241,22 @@ def test_shapes_are_large_enough_apart_and_inside():
 
 
 def test_outlines_stay_in_the_circle_that_keeps_them_apart():
-    assert set(shapes.OUTLINES) == set(shapes.SHAPES)
-    assert max(math.hypot(*corner) for outline in shapes.OUTLINES.values() for corner in outline) < 1.01
+    assert [*shapes.FORMS["heldout"]] == [*shapes.SHAPES]
+    assert max(math.hypot(*corner) for outline in shapes.FORMS["train"].values() for corner in outline) < 1.01
 
 
 def test_held_out_pairs_are_in_every_held_out_picture_and_in_no_training_one():
     assert len(shapes.HELDOUT_PAIRS) == 12
     assert {shape for shape, _ in shapes.HELDOUT_PAIRS} == set(shapes.SHAPES)
     assert {colour for _, colour in shapes.HELDOUT_PAIRS} == set(shapes.COLOURS)
+    seen: dict[str, set[str]] = {}
     for split in SPLITS:
         for i in range(300):
             groups = shapes.random_scene(random.Random(i), split).groups
             assert any((g.shape, g.colour) in shapes.HELDOUT_PAIRS for g in groups) == (split == "heldout")
+            seen.setdefault(split, set()).update(name for group in groups for name in (group.shape, group.colour))
+    assert seen["heldout"] == {*shapes.SHAPES, *shapes.COLOURS}
+    assert seen["train"] == {*shapes.FORMS["train"], *shapes.PALETTES["train"]}
 
 
 def test_questions_cover_the_tasks_without_repeats():
