@@ -168,7 +168,7 @@ class Aligning(Spelling):
         self.whole = whole
         tokenizer = whole.processor.chat.tokenizer
         known = set() if adapter.readout is None else set(adapter.readout.token_ids.tolist())
-        whole.read_speech(sorted(known.union(*map(tokenizer.encode, _transcripts(config)))))
+        whole.read_speech(sorted(known | {token for text in _transcripts(config) for token in tokenizer.encode(text)}))
         assert adapter.readout is not None
         tokens = Tokens(tokenizer, adapter.readout.token_ids.tolist())
         model = TokenCTC(encoder, adapter, tokens, whole.lm.embed_tokens.weight)
