@@ -85,8 +85,8 @@ def plan(kind: Kind, out: Path, seed: int, scale: float) -> list[Shard]:
     """The shards of a kind: training cut every `SHARD_SIZE` samples, held-out samples in one file."""
     shards = []
     for split in get_args(Split):
-        total = max(1, round(kind.sizes[split] * scale))
-        step = SHARD_SIZE if split == "train" else total
+        total = max(1, round(kind.sizes[split] * scale)) if kind.sizes[split] else 0
+        step = SHARD_SIZE if split == "train" else max(1, total)
         for i, start in enumerate(range(0, total, step)):
             path = out / f"{split}-{kind.name}-{i:04d}.tar"
             shards.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import ClassVar
@@ -174,11 +174,40 @@ class Shapes:
     sources: ClassVar[Sequence[Source]] = ()
 
     def draw(self, rng: random.Random, split: Split, index: int) -> Picture:
-        scene = random_scene(rng, split)
+        scene = self.arrange(rng, split)
         ground = contrasting_ground(rng, [PALETTES["train"][group.colour] for group in scene.groups])
         image = photograph(rng, paint(rng, scene, ground))
         caption = " and ".join(map(str, scene.groups))
-        return Picture(image=image, caption=caption, questions=choose_questions(rng, list(all_questions(scene))))
+        return Picture(image=image, caption=caption, questions=self.choose(rng, list(all_questions(scene))))
+
+    def arrange(self, rng: random.Random, split: Split) -> Scene:
+        return random_scene(rng, split)
+
+    def choose(self, rng: random.Random, questions: Sequence[Question]) -> list[Question]:
+        return choose_questions(rng, questions)
+
+
+class Places(Shapes):
+    """Scenes of which only places are asked: less than half of `Shapes` has one to ask about, and few questions are of this kind.
+
+    For training alone; `Shapes` tests it.
+    """
+
+    name: ClassVar[str] = "places"
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 20_000, "heldout": 0}
+
+    def arrange(self, rng: random.Random, split: Split) -> Scene:
+        while True:
+            scene = random_scene(rng, split)
+            if _places(all_questions(scene)):
+                return scene
+
+    def choose(self, rng: random.Random, questions: Sequence[Question]) -> list[Question]:
+        return _places(questions)
+
+
+def _places(questions: Iterable[Question]) -> list[Question]:
+    return [question for question in questions if question.task == "position"]
 
 
 def random_scene(rng: random.Random, split: Split) -> Scene:

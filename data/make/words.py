@@ -22,7 +22,7 @@ FONT_SIZES = range(72, 19, -4)
 #: Least difference in brightness (0 to 255) between letters and background.
 MIN_CONTRAST = 75
 #: Part of the training pictures that shows random letters, so that a reader cannot guess from the first ones.
-RANDOM_LETTERS = 0.15
+RANDOM_LETTERS = 0.5
 
 
 class Family(NamedTuple):

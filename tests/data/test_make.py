@@ -267,6 +267,17 @@ def test_questions_cover_the_tasks_without_repeats():
         assert len({q.task for q in asked}) >= 3
 
 
+def test_places_are_all_that_is_asked_and_for_training_alone(tmp_path):
+    kind = shapes.Places()
+    for i in range(40):
+        picture = kind.draw(random.Random(i), "train", i)
+        assert picture.questions and {q.task for q in picture.questions} == {"position"}
+        assert {q.answer for q in picture.questions} <= set(shapes.REGIONS)
+    manifest = pictures.make_pictures(tmp_path, kinds=["places"], scale=0.0005, workers=1)
+    assert manifest["kinds"]["places"]["pictures"] == {"train": 10, "heldout": 0}
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["train-places-0000.tar"]
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +292,7 @@ def test_words_are_spelt_and_random_letters_never_held_out_words(small_words):
     assert words.spelling("House") == "h o u s e"
     drawn = [small_words.random_word(random.Random(i), "train") for i in range(2000)]
     known = sum(word in small_words.vocabulary["train"] for word in drawn)
-    assert 0.80 < known / len(drawn) < 0.90
+    assert 0.46 < known / len(drawn) < 0.54
     assert not set(drawn) & set(small_words.vocabulary["heldout"])
     picture = small_words.draw(random.Random(1), "heldout", 0)
     assert picture.caption in ("a b c", "r i v e r")
