@@ -84,9 +84,9 @@ def make_shards(
 def plan(kind: Kind, out: Path, seed: int, scale: float) -> list[Shard]:
     """The shards of a kind: training cut every `SHARD_SIZE` samples, held-out samples in one file."""
     shards = []
-    for split in get_args(Split):
-        total = max(1, round(kind.sizes[split] * scale)) if kind.sizes[split] else 0
-        step = SHARD_SIZE if split == "train" else max(1, total)
+    for split, size in kind.sizes.items():
+        total = max(1, round(size * scale))
+        step = SHARD_SIZE if split == "train" else total
         for i, start in enumerate(range(0, total, step)):
             path = out / f"{split}-{kind.name}-{i:04d}.tar"
             shards.append(
@@ -179,14 +179,15 @@ def _save_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -
 
 
 def contact_sheet(kind: Kind, seed: int, columns: int = 6, rows: int = 8) -> Image.Image:
-    """The first samples of training (upper half) and of the held-out split (lower half), with captions."""
+    """The first samples of training (above) and of the held-out split (below), with captions; as many of each."""
     cell = 200
     sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
     pen = ImageDraw.Draw(sheet)
-    half = columns * rows // 2
+    splits = list(kind.sizes)
+    n_each = columns * rows // len(splits)
     for i in range(columns * rows):
-        split: Split = "train" if i < half else "heldout"
-        drawn = kind.draw(sample_rng(kind, split, seed, i % half), split, i % half)
+        split, index = splits[i // n_each], i % n_each
+        drawn = kind.draw(sample_rng(kind, split, seed, index), split, index)
         x, y = i % columns * cell, i // columns * cell
         thumbnail = drawn.view()
         thumbnail.thumbnail((cell - 8, 136))

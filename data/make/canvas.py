@@ -101,7 +101,7 @@ class Kind(Protocol):
 
     Attributes:
         name: part of the shard names.
-        sizes: samples per split at scale 1.
+        sizes: samples per split at scale 1, training first; a kind for training alone has no other.
         sources: packages it draws from.
     """
 

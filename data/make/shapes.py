@@ -194,7 +194,7 @@ class Places(Shapes):
     """
 
     name: ClassVar[str] = "places"
-    sizes: ClassVar[Mapping[Split, int]] = {"train": 20_000, "heldout": 0}
+    sizes: ClassVar[Mapping[Split, int]] = {"train": 20_000}
 
     def arrange(self, rng: random.Random, split: Split) -> Scene:
         while True:

@@ -267,15 +267,18 @@ def test_questions_cover_the_tasks_without_repeats():
         assert len({q.task for q in asked}) >= 3
 
 
-def test_places_are_all_that_is_asked_and_for_training_alone(tmp_path):
+def test_places_are_all_that_is_asked_and_for_training_alone(tmp_path, monkeypatch):
     kind = shapes.Places()
     for i in range(40):
         picture = kind.draw(random.Random(i), "train", i)
         assert picture.questions and {q.task for q in picture.questions} == {"position"}
         assert {q.answer for q in picture.questions} <= set(shapes.REGIONS)
+    splits, random_scene = set(), shapes.random_scene
+    monkeypatch.setattr(shapes, "random_scene", lambda rng, split: splits.add(split) or random_scene(rng, split))
     manifest = pictures.make_pictures(tmp_path, kinds=["places"], scale=0.0005, workers=1)
     assert manifest["kinds"]["places"]["pictures"] == {"train": 10, "heldout": 0}
     assert [path.name for path in tmp_path.glob("*.tar")] == ["train-places-0000.tar"]
+    assert splits == {"train"}  # on the contact sheet, too
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
