@@ -512,7 +512,7 @@ def train(
 def pictures(
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "emoji,shapes,places,words,stamps,charts",
+    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "emoji,shapes,places,tallies,words,stamps,charts",
     scale: Annotated[float, typer.Option(help="Factor on the number of pictures.")] = 1.0,
     workers: Annotated[int, typer.Option(help="Processes that draw.")] = 2,
 ) -> None:

@@ -10,11 +10,11 @@ from data.make.build import make_shards
 from data.make.canvas import Kind
 from data.make.charts import Charts
 from data.make.emoji import Emoji
-from data.make.shapes import Places, Shapes
+from data.make.shapes import Places, Shapes, Tallies
 from data.make.stamps import Stamps
 from data.make.words import Words
 
-KINDS: Mapping[str, Callable[[], Kind]] = {kind.name: kind for kind in (Emoji, Shapes, Places, Words, Stamps, Charts)}
+KINDS: Mapping[str, Callable[[], Kind]] = {kind.name: kind for kind in (Emoji, Shapes, Places, Tallies, Words, Stamps, Charts)}
 
 
 def make_pictures(

@@ -178,36 +178,43 @@ class Shapes:
         ground = contrasting_ground(rng, [PALETTES["train"][group.colour] for group in scene.groups])
         image = photograph(rng, paint(rng, scene, ground))
         caption = " and ".join(map(str, scene.groups))
-        return Picture(image=image, caption=caption, questions=self.choose(rng, list(all_questions(scene))))
+        return Picture(image=image, caption=caption, questions=self.choose(rng, scene))
 
     def arrange(self, rng: random.Random, split: Split) -> Scene:
         return random_scene(rng, split)
 
-    def choose(self, rng: random.Random, questions: Sequence[Question]) -> list[Question]:
-        return choose_questions(rng, questions)
+    def choose(self, rng: random.Random, scene: Scene) -> list[Question]:
+        return choose_questions(rng, list(all_questions(scene)))
 
 
-class Places(Shapes):
-    """Scenes of which only places are asked: less than half of `Shapes` has one to ask about, and few questions are of this kind.
+class _Focused(Shapes):
+    """Scenes of which questions of one sort alone are asked. For training alone; `Shapes` tests it."""
 
-    For training alone; `Shapes` tests it.
-    """
-
-    name: ClassVar[str] = "places"
     sizes: ClassVar[Mapping[Split, int]] = {"train": 20_000}
 
     def arrange(self, rng: random.Random, split: Split) -> Scene:
-        while True:
-            scene = random_scene(rng, split)
-            if _places(all_questions(scene)):
-                return scene
-
-    def choose(self, rng: random.Random, questions: Sequence[Question]) -> list[Question]:
-        return _places(questions)
+        while not self.choose(rng, scene := random_scene(rng, split)):
+            pass
+        return scene
 
 
-def _places(questions: Iterable[Question]) -> list[Question]:
-    return [question for question in questions if question.task == "position"]
+class Places(_Focused):
+    """Where things are: less than half of `Shapes` has a place to ask about, and few questions are of this kind."""
+
+    name: ClassVar[str] = "places"
+
+    def choose(self, rng: random.Random, scene: Scene) -> list[Question]:
+        return [question for question in all_questions(scene) if question.task == "position"]
+
+
+class Tallies(_Focused):
+    """How many there are of one shape beside another, which takes telling what belongs to it from what does not."""
+
+    name: ClassVar[str] = "tallies"
+
+    def choose(self, rng: random.Random, scene: Scene) -> list[Question]:
+        _everything, *of_a_shape = (question for question in all_questions(scene) if question.task == "count")
+        return of_a_shape if len(scene.groups) > 1 else []
 
 
 def random_scene(rng: random.Random, split: Split) -> Scene:

@@ -267,17 +267,29 @@ def test_questions_cover_the_tasks_without_repeats():
         assert len({q.task for q in asked}) >= 3
 
 
-def test_places_are_all_that_is_asked_and_for_training_alone(tmp_path, monkeypatch):
-    kind = shapes.Places()
+def test_places_are_all_that_is_asked():
     for i in range(40):
-        picture = kind.draw(random.Random(i), "train", i)
+        picture = shapes.Places().draw(random.Random(i), "train", i)
         assert picture.questions and {q.task for q in picture.questions} == {"position"}
         assert {q.answer for q in picture.questions} <= set(shapes.REGIONS)
+
+
+def test_tallies_ask_how_many_there_are_of_each_of_two_shapes():
+    for i in range(40):
+        picture = shapes.Tallies().draw(random.Random(i), "train", i)
+        counts, names = zip(*(group.split()[::2] for group in picture.caption.split(" and ")), strict=True)
+        assert tuple(q.answer for q in picture.questions) == counts
+        assert all(f"How many {name}" in q.question for name, q in zip(names, picture.questions, strict=True))
+        assert len(counts) == 2 and {q.task for q in picture.questions} == {"count"}
+
+
+@pytest.mark.parametrize("kind", ["places", "tallies"])
+def test_some_kinds_are_for_training_alone(kind, tmp_path, monkeypatch):
     splits, random_scene = set(), shapes.random_scene
     monkeypatch.setattr(shapes, "random_scene", lambda rng, split: splits.add(split) or random_scene(rng, split))
-    manifest = pictures.make_pictures(tmp_path, kinds=["places"], scale=0.0005, workers=1)
-    assert manifest["kinds"]["places"]["pictures"] == {"train": 10, "heldout": 0}
-    assert [path.name for path in tmp_path.glob("*.tar")] == ["train-places-0000.tar"]
+    manifest = pictures.make_pictures(tmp_path, kinds=[kind], scale=0.0005, workers=1)
+    assert manifest["kinds"][kind]["pictures"] == {"train": 10, "heldout": 0}
+    assert [path.name for path in tmp_path.glob("*.tar")] == [f"train-{kind}-0000.tar"]
     assert splits == {"train"}  # on the contact sheet, too
 
 
