@@ -14,7 +14,9 @@ from data.make.shapes import Places, Shapes, Tallies
 from data.make.stamps import Stamps
 from data.make.words import Words
 
-KINDS: Mapping[str, Callable[[], Kind]] = {kind.name: kind for kind in (Emoji, Shapes, Places, Tallies, Words, Stamps, Charts)}
+KINDS: Mapping[str, Callable[[], Kind]] = {
+    kind.name: kind for kind in (Emoji, Shapes, Places, Tallies, Words, Stamps, Charts)
+}
 
 
 def make_pictures(
