@@ -188,7 +188,7 @@ class Shapes:
 
 
 class _Focused(Shapes):
-    """Scenes of which questions of one sort alone are asked. For training alone; `Shapes` tests it."""
+    """Scenes of which questions of one sort alone are asked. For training alone; held-out `Shapes` test them."""
 
     sizes: ClassVar[Mapping[Split, int]] = {"train": 20_000}
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from data.make.actors import Cast
+from data.make.clips import KINDS as CLIPS
+from data.make.pictures import KINDS as PICTURES
+from data.make.speech import KINDS as RECORDINGS
 from lm.checkpoint import load_llama
 from lm.config import PRESETS
 from mm import MultimodalLlama
+from mm import cli as mm_cli
 from mm.checkpoint import compose
 from mm.cli import app
 from mm.config import ImageConfig, MultimodalConfig
@@ -66,6 +72,13 @@ def test_every_command_is_explained_with_an_example_of_itself() -> None:
     for path in paths:
         text = mm(*path, "--help").output
         assert f"Example: mm {' '.join(path)}" in text, text
+
+
+@pytest.mark.parametrize(("medium", "kinds"), [("pictures", PICTURES), ("clips", CLIPS), ("speech", RECORDINGS)])
+def test_all_kinds_are_made_by_default(medium: str, kinds: Iterable[str]) -> None:
+    """The command line names them itself, so that `--help` need not import what makes them."""
+    default = inspect.signature(getattr(mm_cli, medium)).parameters["kinds"].default
+    assert default.split(",") == list(kinds)
 
 
 def test_help_does_not_wait_for_torch() -> None:
