@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import tiktoken
 from gguf import TokenType
@@ -19,6 +21,8 @@ from tokenizers import Tokenizer as Backend
 from lm.checkpoint import read_json
 from lm.gguf import read_metadata
 from lm.hub import resolve
+
+Part = TypeVar("Part", str, bytes)
 
 #: How Llama 3 cuts text into the pieces that byte-pair encoding then works on.
 LLAMA3_PATTERN = (
@@ -66,6 +70,10 @@ class Tokenizer(Protocol):
         """Text of ids. Special tokens and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
         ...
 
+    def halves(self, token_id: int) -> tuple[int, int] | None:
+        """The two tokens that byte-pair encoding makes this one of; None for a token that is not made of others."""
+        ...
+
     def save(self, directory: str | Path) -> None:
         """Writes the files from which `load_tokenizer(directory)` makes the same tokenizer."""
         ...
@@ -108,6 +116,13 @@ class TiktokenTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([i for i in ids if i < len(self._ranks)])
+
+    def halves(self, token_id: int) -> tuple[int, int] | None:
+        if token_id >= len(self._ranks):
+            return None
+        token = self._encoding.decode_single_token_bytes(token_id)
+        last = _last_merge([bytes([byte]) for byte in token], lambda pair: self._ranks.get(b"".join(pair)))
+        return last and (self._ranks[last[0]], self._ranks[last[1]])
 
     def save(self, directory: str | Path) -> None:
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks.items())
@@ -178,6 +193,21 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def halves(self, token_id: int) -> tuple[int, int] | None:
+        vocab, rank_of = self._merges
+        token = self._backend.id_to_token(token_id)
+        if token is None or token in self.special_tokens:
+            return None
+        last = _last_merge(list(token), rank_of.get)
+        return last and (vocab[last[0]], vocab[last[1]])
+
+    @cached_property
+    def _merges(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+        """The vocabulary, and the rank of each pair that is merged."""
+        model = json.loads(self._backend.to_str())["model"]
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        return model["vocab"], {(one, other): rank for rank, (one, other) in enumerate(pairs)}
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and, in transformers' spelling, who starts and ends a text."""
@@ -260,6 +290,19 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     raise ValueError(
         f"source: no tokenizer at {source}; it needs a tokenizer.json, a Llama 3 tokenizer.model or a .gguf"
     )
+
+
+def _last_merge(parts: list[Part], rank_of: Callable[[tuple[Part, Part]], int | None]) -> tuple[Part, Part] | None:
+    """The pair that byte-pair encoding merges last when it makes one token of these parts; None if it does not."""
+    while len(parts) > 1:
+        ranks = [(rank, i) for i, pair in enumerate(pairwise(parts)) if (rank := rank_of(pair)) is not None]
+        if not ranks:
+            return None
+        if len(parts) == 2:
+            return parts[0], parts[1]
+        _, i = min(ranks)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return None
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -28,7 +28,7 @@ from mm.config import MultimodalConfig
 from mm.processor import Batch, Processor
 from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
-from speech.readout import TokenReadout
+from speech.readout import NOTHING, TokenReadout, respelt
 from speech.streaming import below
 from speech.voice import Voice
 from video.adapter import VideoAdapter
@@ -247,10 +247,15 @@ class MultimodalLlama(nn.Module):
         is_token_AU = below(n_tokens_A, x_AUD.shape[1])
         if self.speech_adapter.readout is None:
             return x_AUD[is_token_AU], None
-        heard_AUD, is_heard_AU = self.speech_adapter.readout(x_AUD, self.lm.embed_tokens.weight)
+        table_VD, tokenizer = self.lm.embed_tokens.weight, self.processor.chat.tokenizer
+        heard_AUD, token_AU = self.speech_adapter.readout(x_AUD, table_VD)
+        token_AU = token_AU.masked_fill(~is_token_AU, NOTHING)
+        heard, tokens = zip(
+            *(respelt(*row, tokenizer, table_VD) for row in zip(heard_AUD, token_AU, strict=True)), strict=True
+        )
         silent_BT = torch.zeros_like(batch.valid_BT)
-        silent_BT[batch.ids_BT == self.config.media_ids["audio"]] = ~is_heard_AU[is_token_AU]
-        return heard_AUD[is_token_AU], silent_BT
+        silent_BT[batch.ids_BT == self.config.media_ids["audio"]] = (torch.stack(tokens) == NOTHING)[is_token_AU]
+        return torch.stack(heard)[is_token_AU], silent_BT
 
     def read_speech(self, token_ids: Sequence[int]) -> None:
         """From now on, hears speech as mixtures of these tokens (`speech.readout`); what the ears have learnt stays.

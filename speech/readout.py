@@ -6,6 +6,9 @@ from its scores all the same. So the language model hears the mixture of its own
 sharpened. Frames with nothing new to say, as in CTC, it does not hear at all: to repeat what is said several times over, with
 silence between, is hard for a frozen language model, and to repeat a text is not.
 
+Nor is it used to words in pieces, and few of its tokens are frequent enough to be learnt, so rare words are written in pieces
+(`lm.pieces`). `respelt` gives it whole words: where the pieces make up other tokens, it hears those, as they are.
+
 Shape letters: B rows, U frames of the adapter (80 ms), C frames of a chunk, D LM width, V vocabulary,
 R tokens that can be heard.
 """
@@ -16,17 +19,21 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm.tokenizer import Tokenizer
 from speech.streaming import StreamState, below, counts, ending, take
 
 #: Mixtures are of scores times this: by the scores alone, a frozen language model hears many words at once, and rambles.
 SHARPNESS = 3.0
 #: Frames of a row whose scores exist at one time: with 15,000 tokens, 31 MB.
 CHUNK = 512
+#: Stands for a token where none is heard.
+NOTHING = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +91,11 @@ class TokenReadout(nn.Module):
 
         Returns:
             heard_BUD: for each frame the mixture of its tokens, the blank left out.
-            is_heard_BU: False where the blank is the best, or the best token is that of the frame before.
+            token_BU: the language model's id of the best token; -1, for nothing, where the blank is better, or the best token
+                is that of the frame before.
         """
-        heard_BUD, is_heard_BU, _ = self._read(x_BUD, table_VD, self.init_state(len(x_BUD)))
-        return heard_BUD, is_heard_BU
+        heard_BUD, token_BU, _ = self._read(x_BUD, table_VD, self.init_state(len(x_BUD)))
+        return heard_BUD, token_BU
 
     def init_state(self, batch_size: int) -> TokenReadoutState:
         """State of rows that have heard nothing."""
@@ -111,19 +119,19 @@ class TokenReadout(nn.Module):
             final: whether the stream ends here, for all rows or `(B,)`; the rows that end start anew in the state returned.
 
         Returns:
-            heard_BUD, is_heard_BU: as in `forward`; False past a row's end.
+            heard_BUD, token_BU: as in `forward`; nothing past a row's end.
             state: for the next step.
         """
         n_B = counts(n_B, x_BUD)
-        heard_BUD, is_heard_BU, best_BU = self._read(x_BUD, table_VD, state)
+        heard_BUD, token_BU, best_BU = self._read(x_BUD, table_VD, state)
         state = dataclasses.replace(
             state, best_B=take(torch.cat([state.best_B[:, None], best_BU], dim=1), n_B, 1)[:, 0]
         )
         final_B = ending(final, x_BUD)
-        return heard_BUD, is_heard_BU & below(n_B, x_BUD.shape[1]), state.reset(final_B)
+        return heard_BUD, token_BU.masked_fill(~below(n_B, x_BUD.shape[1]), NOTHING), state.reset(final_B)
 
     def _read(self, x_BUD: Tensor, table_VD: Tensor, state: TokenReadoutState) -> tuple[Tensor, Tensor, Tensor]:
-        """What frames that follow a state are heard as, which are heard, and the best token of each."""
+        """What frames that follow a state are heard as, as which token, and the best of each, counted from 1."""
         embeddings_RD = self.embeddings(table_VD)
         heard, best = [], []
         for x_BCD in x_BUD.split(CHUNK, dim=1):
@@ -132,4 +140,29 @@ class TokenReadout(nn.Module):
             heard.append((SHARPNESS * scores_BCR[..., 1:]).softmax(-1).to(embeddings_RD.dtype) @ embeddings_RD)
         best_BU = torch.cat(best, dim=1)
         before_BU = torch.cat([state.best_B[:, None], best_BU[:, :-1]], dim=1)[:, : best_BU.shape[1]]
-        return torch.cat(heard, dim=1), (best_BU > 0) & (best_BU != before_BU), best_BU
+        token_BU = self.token_ids[best_BU - 1].long().masked_fill((best_BU == 0) | (best_BU == before_BU), NOTHING)
+        return torch.cat(heard, dim=1), token_BU, best_BU
+
+
+def respelt(heard_UD: Tensor, token_U: Tensor, tokenizer: Tokenizer, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Words as the tokenizer spells them, from words in pieces.
+
+    Args:
+        heard_UD, token_U: what a readout makes of one recording.
+        table_VD: the language model's token embeddings.
+
+    Returns:
+        heard_UD, token_U: the same text in the tokenizer's own tokens, on the first of the frames that were heard; mixtures of
+            tokens that were heard as such, embeddings of the others. As they were, if that takes more frames.
+    """
+    frames_P = (token_U != NOTHING).nonzero()[:, 0]
+    said = token_U[frames_P].tolist()
+    tokens = tokenizer.encode(tokenizer.decode(said).removeprefix(" "))
+    if len(tokens) > len(said):  # pieces that no text is taken apart into
+        return heard_UD, token_U
+    source_U = table_VD.new_tensor(tokens, dtype=torch.int64)
+    spelt = table_VD[source_U].to(heard_UD.dtype)
+    for block in SequenceMatcher(None, said, tokens, autojunk=False).get_matching_blocks():
+        spelt[block.b : block.b + block.size] = heard_UD[frames_P[block.a : block.a + block.size]]
+    to = frames_P[: len(tokens)]
+    return heard_UD.index_copy(0, to, spelt), torch.full_like(token_U, NOTHING).index_copy(0, to, source_U)

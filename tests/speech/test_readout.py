@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lm.pieces import pieces
+from lm.tokenizer import Tokenizer, load_tokenizer
 from mm.checkpoint import compose
 from mm.model import MultimodalLlama
 from mm.train.loss import next_token_loss
 from speech import readout
-from speech.readout import TokenReadout
+from speech.readout import NOTHING, TokenReadout, respelt
 
 TOKENS = [2, 3, 5, 7, 11, 13]
 SPEECH = (torch.sin(torch.arange(9000) * 0.3) * 0.3, 16_000)
@@ -41,9 +44,9 @@ def test_what_is_sure_is_heard_as_the_token_itself(ears, table_VD):
     """And what is surely blank not at all; between two tokens, half of each."""
     with torch.no_grad():
         ears.blank.copy_(-table_VD[TOKENS].mean(0))
-    heard, is_heard = ears(torch.cat([table_VD[TOKENS], ears.blank[None]])[None] * 100, table_VD)
+    heard, token = ears(torch.cat([table_VD[TOKENS], ears.blank[None]])[None] * 100, table_VD)
     torch.testing.assert_close(heard[0, :-1], table_VD[TOKENS])
-    assert is_heard[0].tolist() == [True] * len(TOKENS) + [False]
+    assert token[0].tolist() == [*TOKENS, NOTHING]
     between = torch.linalg.lstsq(table_VD[TOKENS], torch.tensor([9.0, 9.0, 0, 0, 0, 0])).solution
     with torch.no_grad():
         ears.blank.zero_()
@@ -64,9 +67,9 @@ def test_what_is_likelier_is_heard_more_than_its_share(ears, table_VD):
 def test_a_token_is_heard_once(ears, table_VD):
     """Until something else comes between, as in CTC."""
     said = torch.stack([table_VD[TOKENS[i]] for i in (4, 4, 4, 1, 4)] + [torch.zeros(29), table_VD[TOKENS[4]]]) * 100
-    heard, is_heard = ears(said[None], table_VD)
-    assert is_heard[0].tolist() == [True, False, False, True, True, False, True]
-    torch.testing.assert_close(heard[0, [0, 3, 4, 6]], table_VD[[TOKENS[i] for i in (4, 1, 4, 4)]])
+    heard, token = ears(said[None], table_VD)
+    assert token[0].tolist() == [11, NOTHING, NOTHING, 3, 11, NOTHING, 11]
+    torch.testing.assert_close(heard[0, [0, 3, 4, 6]], table_VD[[11, 3, 11, 11]])
 
 
 def test_how_many_frames_are_read_at_a_time_changes_nothing(ears, table_VD, monkeypatch):
@@ -85,26 +88,84 @@ def test_how_many_frames_are_read_at_a_time_changes_nothing(ears, table_VD, monk
 def test_streamed_it_hears_the_same(ears, table_VD, sizes):
     """Also what goes on over the end of a step; a row that ends starts anew."""
     x_BUD = torch.randn(3, 23, 29, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, dim=1)
-    heard_BUD, is_heard_BU = ears(x_BUD, table_VD)
-    assert 0 < is_heard_BU.sum() < is_heard_BU.numel()
+    heard_BUD, token_BU = ears(x_BUD, table_VD)
+    assert 0 < (token_BU == NOTHING).sum() < token_BU.numel()
     state, steps = ears.init_state(3), []
     for x in x_BUD.split(sizes, dim=1):
         *heard, state = ears.step(x, table_VD, state)
         steps.append(heard)
     torch.testing.assert_close(torch.cat([heard for heard, _ in steps], dim=1), heard_BUD)
-    assert torch.equal(torch.cat([is_heard for _, is_heard in steps], dim=1), is_heard_BU)
+    assert torch.equal(torch.cat([token for _, token in steps], dim=1), token_BU)
     _, again, _ = ears.step(x_BUD[:, -1:], table_VD, state)
     ended = ears.step(x_BUD[:, :0], table_VD, state, final=torch.tensor([True, False, False]))[-1]
     _, anew, _ = ears.step(x_BUD[:, -1:], table_VD, ended)
     says_BU = ears(x_BUD[:, -1:], table_VD)[1]
-    assert not again.any() and torch.equal(anew, says_BU & torch.tensor([[True], [False], [False]])) and anew.any()
+    assert again.tolist() == [[NOTHING]] * 3 and anew.tolist() == [says_BU[0].tolist(), [NOTHING], [NOTHING]]
+    assert int(anew[0]) != NOTHING
 
 
 def test_a_step_remembers_the_last_frame_that_a_row_has(ears, table_VD):
     x_BUD = table_VD[TOKENS[:2]].expand(2, 2, 29) * 100
-    _, is_heard_BU, state = ears.step(x_BUD, table_VD, ears.init_state(2), n_B=torch.tensor([1, 2]))
-    assert is_heard_BU.tolist() == [[True, False], [True, True]] and state.best_B.tolist() == [1, 2]
+    _, token_BU, state = ears.step(x_BUD, table_VD, ears.init_state(2), n_B=torch.tensor([1, 2]))
+    assert token_BU.tolist() == [[2, NOTHING], [2, 3]] and state.best_B.tolist() == [1, 2]
     assert ears.step(x_BUD, table_VD, state, n_B=torch.tensor([0, 0]))[-1].best_B.tolist() == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def bpe(smollm2_gguf: Path) -> Tokenizer:
+    return load_tokenizer(smollm2_gguf)
+
+
+def in_pieces(bpe: Tokenizer, text: str, known: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text as it is heard in pieces, every second frame empty, and mixtures that are no token's embedding."""
+    said = list(pieces(bpe, text, known))
+    token_U = torch.tensor([token for piece in said for token in (piece, NOTHING)], dtype=torch.int64)
+    return torch.arange(len(token_U) * 3.0).reshape(-1, 3) + 0.5, token_U
+
+
+def test_words_in_pieces_are_heard_as_the_language_model_writes_them(bpe):
+    """In the tokens of the text, each an embedding; what was heard as it is written stays the mixture that it was."""
+    text, table_VD = "she retired to a cottonmouth", -torch.arange(bpe.vocab_size * 3.0).reshape(-1, 3)
+    whole = [bpe.encode(word)[0] for word in (" she", " to", " a")]
+    heard_UD, token_U = in_pieces(bpe, f" {text}", set(whole))
+    respelt_UD, respelt_U = respelt(heard_UD, token_U, bpe, table_VD)
+    is_heard_U = respelt_U != NOTHING
+    tokens = respelt_U[is_heard_U].tolist()
+    assert tokens == bpe.encode(text) and len(tokens) < int((token_U != NOTHING).sum())
+    for token, x_D in zip(tokens, respelt_UD[is_heard_U], strict=True):
+        kept = token in whole and token != bpe.encode("she")[0]
+        torch.testing.assert_close(x_D, heard_UD[token_U == token][0] if kept else table_VD[token])
+    assert torch.equal(respelt_UD[token_U == NOTHING], heard_UD[token_U == NOTHING])
+
+
+def test_whole_words_and_silence_are_heard_as_they_are(bpe):
+    table_VD = torch.zeros(bpe.vocab_size, 3)
+    for text in ("so it is", ""):
+        heard_UD, token_U = in_pieces(bpe, text, set(bpe.encode(text)))
+        respelt_UD, respelt_U = respelt(heard_UD, token_U, bpe, table_VD)
+        for before, after in ((heard_UD, respelt_UD), (token_U, respelt_U)):
+            said_U = respelt_U != NOTHING
+            assert torch.equal(after[said_U], before[token_U != NOTHING])
+
+
+def test_what_would_take_more_tokens_than_were_heard_stays_as_it_is(bpe):
+    said = [token for part in (" rid", "export") for token in bpe.encode(part)]
+    assert len(said) == 2 < len(bpe.encode("ridexport"))
+    heard_UD, token_U = torch.randn(2, 3), torch.tensor(said)
+    for before, after in zip((heard_UD, token_U), respelt(heard_UD, token_U, bpe, torch.zeros(9, 3)), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_what_is_respelt_does_not_change_when_more_words_follow(bpe, n):
+    """So that a stream may hear a word as soon as the next one starts."""
+    words, table_VD = ["concatenate", "the", "electromagnetic", "fields", "carefully"], torch.zeros(bpe.vocab_size, 3)
+
+    def tokens(said: list[str]) -> list[int]:
+        _, token_U = respelt(*in_pieces(bpe, "".join(f" {word}" for word in said), set()), bpe, table_VD)
+        return token_U[token_U != NOTHING].tolist()
+
+    assert tokens(words)[: len(tokens(words[:n]))] == tokens(words[:n])
 
 
 @pytest.fixture
