@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from lm.pieces import pieces
-from lm.tokenizer import Tokenizer, load_tokenizer
+from lm.tokenizer import JsonTokenizer, Tokenizer, byte_alphabet, load_tokenizer
 from mm.checkpoint import compose
 from mm.model import MultimodalLlama
 from mm.train.loss import next_token_loss
@@ -257,6 +260,31 @@ def test_a_model_hears_its_own_words_saves_them_and_loads_them(model, tmp_path):
     in_bf16 = MultimodalLlama.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert in_bf16.speech_adapter.readout.token_ids.tolist() == TOKENS
     assert in_bf16.encode_speech(batch)[0].dtype == torch.bfloat16
+
+
+def test_a_model_hears_whole_words_of_pieces(model):
+    """With a tokenizer that merges all pairs of letters, half as many tokens as without, and embeddings of pairs."""
+    letters = "abcdef"
+    model.read_speech([ord(letter) for letter in letters])
+    batch = model.processor.collate([model.processor.encode(turn(SAID))])
+    with torch.no_grad():
+        _, silent_BT = model.encode_speech(batch)
+    vocab, pairs = byte_alphabet(), list(itertools.product(letters, repeat=2))
+    vocab |= {"".join(pair): 256 + i for i, pair in enumerate(pairs)}
+    backend = Backend(models.BPE(vocab, merges=pairs))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(name, special=True) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    model.tokenizer = JsonTokenizer(backend, bos_id=None, eos_ids=[])
+    with torch.no_grad():
+        heard_KD, again_BT = model.encode_speech(batch)
+    is_audio_BT = batch.ids_BT == model.config.media_ids["audio"]
+    n_pieces, n_tokens = ((~silent[is_audio_BT]).sum().item() for silent in (silent_BT, again_BT))
+    assert n_pieces > 2 and n_pieces // 2 <= n_tokens < n_pieces
+    words_RD = model.lm.embed_tokens.weight.detach()[256 : 256 + len(pairs)]
+    is_pair_K = (heard_KD[:, None] == words_RD).all(-1).any(-1)
+    assert is_pair_K[~again_BT[is_audio_BT]].sum() >= n_pieces - n_tokens
 
 
 def test_ears_learn_the_names_of_more_tokens_and_forget_nothing(model, tmp_path):
