@@ -8,10 +8,8 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import tiktoken
 from gguf import TokenType
@@ -21,8 +19,6 @@ from tokenizers import Tokenizer as Backend
 from lm.checkpoint import read_json
 from lm.gguf import read_metadata
 from lm.hub import resolve
-
-Part = TypeVar("Part", str, bytes)
 
 #: How Llama 3 cuts text into the pieces that byte-pair encoding then works on.
 LLAMA3_PATTERN = (
@@ -70,8 +66,8 @@ class Tokenizer(Protocol):
         """Text of ids. Special tokens and ids beyond the vocabulary are left out; broken UTF-8 becomes U+FFFD."""
         ...
 
-    def halves(self, token_id: int) -> tuple[int, int] | None:
-        """The two tokens that byte-pair encoding makes this one of; None for a token that is not made of others."""
+    def letters(self, token_id: int) -> list[int]:
+        """The tokens of a token's single bytes, which are the same however a text is cut into tokens."""
         ...
 
     def save(self, directory: str | Path) -> None:
@@ -117,12 +113,10 @@ class TiktokenTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([i for i in ids if i < len(self._ranks)])
 
-    def halves(self, token_id: int) -> tuple[int, int] | None:
+    def letters(self, token_id: int) -> list[int]:
         if token_id >= len(self._ranks):
-            return None
-        token = self._encoding.decode_single_token_bytes(token_id)
-        last = _last_merge([bytes([byte]) for byte in token], lambda pair: self._ranks.get(b"".join(pair)))
-        return last and (self._ranks[last[0]], self._ranks[last[1]])
+            return [token_id]
+        return [self._ranks[bytes([byte])] for byte in self._encoding.decode_single_token_bytes(token_id)]
 
     def save(self, directory: str | Path) -> None:
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks.items())
@@ -194,20 +188,13 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
-    def halves(self, token_id: int) -> tuple[int, int] | None:
-        vocab, rank_of = self._merges
+    def letters(self, token_id: int) -> list[int]:
         token = self._backend.id_to_token(token_id)
         if token is None or token in self.special_tokens:
-            return None
-        last = _last_merge(list(token), rank_of.get)
-        return last and (vocab[last[0]], vocab[last[1]])
-
-    @cached_property
-    def _merges(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-        """The vocabulary, and the rank of each pair that is merged."""
-        model = json.loads(self._backend.to_str())["model"]
-        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-        return model["vocab"], {(one, other): rank for rank, (one, other) in enumerate(pairs)}
+            return [token_id]
+        # Of byte-level BPE, a character is a byte.
+        ids = [i for char in token if (i := self._backend.token_to_id(char)) is not None]
+        return ids if len(ids) == len(token) else [token_id]
 
     def save(self, directory: str | Path) -> None:
         """Writes `tokenizer.json` and, in transformers' spelling, who starts and ends a text."""
@@ -290,19 +277,6 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     raise ValueError(
         f"source: no tokenizer at {source}; it needs a tokenizer.json, a Llama 3 tokenizer.model or a .gguf"
     )
-
-
-def _last_merge(parts: list[Part], rank_of: Callable[[tuple[Part, Part]], int | None]) -> tuple[Part, Part] | None:
-    """The pair that byte-pair encoding merges last when it makes one token of these parts; None if it does not."""
-    while len(parts) > 1:
-        ranks = [(rank, i) for i, pair in enumerate(pairwise(parts)) if (rank := rank_of(pair)) is not None]
-        if not ranks:
-            return None
-        if len(parts) == 2:
-            return parts[0], parts[1]
-        _, i = min(ranks)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return None
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -25,10 +25,11 @@ from lm.features import LayerTap
 from lm.model import Adapters, KVCache, Llama, NewTokenRows, token_positions
 from lm.tokenizer import Tokenizer
 from mm.config import MultimodalConfig
+from mm.hearing import what_was_said
 from mm.processor import Batch, Processor
 from speech.adapter import SpeechAdapter
 from speech.conformer import Conformer
-from speech.readout import NOTHING, TokenReadout, respelt
+from speech.readout import NOTHING, TokenReadout, as_written
 from speech.streaming import below
 from speech.voice import Voice
 from video.adapter import VideoAdapter
@@ -244,18 +245,26 @@ class MultimodalLlama(nn.Module):
         if self.speech_encoder is None or self.speech_adapter is None:
             raise ValueError("audio: this model has no speech part")
         x_AUD, n_tokens_A = self.speech_adapter(*self.speech_encoder(batch.mel_ATM, batch.n_frames_A))
-        is_token_AU = below(n_tokens_A, x_AUD.shape[1])
         if self.speech_adapter.readout is None:
-            return x_AUD[is_token_AU], None
-        table_VD, tokenizer = self.lm.embed_tokens.weight, self.processor.chat.tokenizer
+            return x_AUD[below(n_tokens_A, x_AUD.shape[1])], None
+        table_VD = self.lm.embed_tokens.weight
         heard_AUD, token_AU = self.speech_adapter.readout(x_AUD, table_VD)
-        token_AU = token_AU.masked_fill(~is_token_AU, NOTHING)
-        heard, tokens = zip(
-            *(respelt(*row, tokenizer, table_VD) for row in zip(heard_AUD, token_AU, strict=True)), strict=True
-        )
+        heard, tokens = [], []
+        for a, n in enumerate(n_tokens_A.tolist()):
+            text = self._what_was_said(x_AUD[a, :n])
+            heard_UD, token_U = as_written(heard_AUD[a, :n], token_AU[a, :n], text, table_VD)
+            heard.append(heard_UD)
+            tokens.append(token_U)
         silent_BT = torch.zeros_like(batch.valid_BT)
-        silent_BT[batch.ids_BT == self.config.media_ids["audio"]] = (torch.stack(tokens) == NOTHING)[is_token_AU]
-        return torch.stack(heard)[is_token_AU], silent_BT
+        silent_BT[batch.ids_BT == self.config.media_ids["audio"]] = torch.cat(tokens) == NOTHING
+        return torch.cat(heard), silent_BT
+
+    def _what_was_said(self, x_UD: Tensor) -> list[int]:
+        assert self.speech_adapter is not None and self.speech_adapter.readout is not None
+        readout, chat = self.speech_adapter.readout, self.processor.chat
+        likely = readout.likely(x_UD.detach(), self.lm.embed_tokens.weight)
+        start_id = chat.tokenizer.special_tokens[chat.text_start]
+        return what_was_said(self.lm, chat.tokenizer, start_id, *likely, readout.token_ids.tolist())
 
     def read_speech(self, token_ids: Sequence[int]) -> None:
         """From now on, hears speech as mixtures of these tokens (`speech.readout`); what the ears have learnt stays.

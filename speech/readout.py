@@ -6,8 +6,8 @@ from its scores all the same. So the language model hears the mixture of its own
 sharpened. Frames with nothing new to say, as in CTC, it does not hear at all: to repeat what is said several times over, with
 silence between, is hard for a frozen language model, and to repeat a text is not.
 
-Nor is it used to words in pieces, and few of its tokens are frequent enough to be learnt, so rare words are written in pieces
-(`lm.pieces`). `respelt` gives it whole words: where the pieces make up other tokens, it hears those, as they are.
+The likeliest token of each frame need not make the likeliest text. Once it is decided what was said (`mm.hearing`), `as_written`
+gives the language model that.
 
 Shape letters: B rows, U frames of the adapter (80 ms), C frames of a chunk, D LM width, V vocabulary,
 R tokens that can be heard.
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm.tokenizer import Tokenizer
+from speech.hypotheses import N_SYMBOLS
 from speech.streaming import StreamState, below, counts, ending, take
 
 #: Mixtures are of scores times this: by the scores alone, a frozen language model hears many words at once, and rambles.
@@ -97,6 +97,15 @@ class TokenReadout(nn.Module):
         heard_BUD, token_BU, _ = self._read(x_BUD, table_VD, self.init_state(len(x_BUD)))
         return heard_BUD, token_BU
 
+    def likely(self, x_UD: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest symbols of each frame, best first: their log probabilities and numbers, 0 the blank, `(U, K)`."""
+        embeddings_RD = self.embeddings(table_VD)
+        tops = []
+        for x_CD in x_UD.split(CHUNK):
+            log_probs_CR = self.scores(x_CD, embeddings_RD).log_softmax(-1)
+            tops.append(log_probs_CR.topk(min(N_SYMBOLS, log_probs_CR.shape[1]), dim=-1))
+        return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+
     def init_state(self, batch_size: int) -> TokenReadoutState:
         """State of rows that have heard nothing."""
         return TokenReadoutState(best_B=self.token_ids.new_zeros(batch_size, dtype=torch.int64))
@@ -144,25 +153,24 @@ class TokenReadout(nn.Module):
         return torch.cat(heard, dim=1), token_BU, best_BU
 
 
-def respelt(heard_UD: Tensor, token_U: Tensor, tokenizer: Tokenizer, table_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Words as the tokenizer spells them, from words in pieces.
+def as_written(heard_UD: Tensor, token_U: Tensor, tokens: Sequence[int], table_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """What is heard of a recording whose text is known, in the tokens of that text.
 
     Args:
-        heard_UD, token_U: what a readout makes of one recording.
+        heard_UD, token_U: what a readout makes of the recording.
+        tokens: of the text.
         table_VD: the language model's token embeddings.
 
     Returns:
-        heard_UD, token_U: the same text in the tokenizer's own tokens, on the first of the frames that were heard; mixtures of
-            tokens that were heard as such, embeddings of the others. As they were, if that takes more frames.
+        heard_UD, token_U: the tokens on the first frames, whose place does not matter; mixtures of those that the readout
+            heard as such, so that gradients pass, embeddings of the others. As they were, if there are too few frames.
     """
-    frames_P = (token_U != NOTHING).nonzero()[:, 0]
-    said = token_U[frames_P].tolist()
-    tokens = tokenizer.encode(tokenizer.decode(said).removeprefix(" "))
-    if len(tokens) > len(said):  # pieces that no text is taken apart into
+    if len(tokens) > len(heard_UD):
         return heard_UD, token_U
-    source_U = table_VD.new_tensor(tokens, dtype=torch.int64)
-    spelt = table_VD[source_U].to(heard_UD.dtype)
-    for block in SequenceMatcher(None, said, tokens, autojunk=False).get_matching_blocks():
-        spelt[block.b : block.b + block.size] = heard_UD[frames_P[block.a : block.a + block.size]]
-    to = frames_P[: len(tokens)]
-    return heard_UD.index_copy(0, to, spelt), torch.full_like(token_U, NOTHING).index_copy(0, to, source_U)
+    token_T = token_U.new_tensor(tokens)
+    spelt_TD = table_VD[token_T].to(heard_UD.dtype)
+    frames = (token_U != NOTHING).nonzero()[:, 0]
+    for block in SequenceMatcher(None, token_U[frames].tolist(), tokens, autojunk=False).get_matching_blocks():
+        spelt_TD[block.b : block.b + block.size] = heard_UD[frames[block.a : block.a + block.size]]
+    rest_U = torch.full_like(token_U[len(tokens) :], NOTHING)
+    return torch.cat([spelt_TD, heard_UD[len(tokens) :]]), torch.cat([token_T, rest_U])

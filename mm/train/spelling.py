@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
-from lm.pieces import frequent_pieces, pieces
 from lm.tokenizer import Tokenizer
 from mm.model import MultimodalLlama
 from mm.processor import pad_frames
@@ -28,11 +27,6 @@ from mm.train.showing import recognition_scores, share_right
 from speech.conformer import PRESETS, Conformer
 from speech.ctc import CTCModel, CTCProbe, Symbols, TokenCTC, n_frames_needed
 from speech.features import FeaturesConfig, LogMel
-
-#: Least share that a piece has of all tokens of the transcripts. What is rarer is hardly learnt: earlier ears, which wrote
-#: whole tokens, got most words wrong whose rarest token had fewer than 10 examples, and one in twenty where it had over 100
-#: (docs/LOG.md).
-RAREST_PIECE = 1 / 2000
 
 
 @dataclass
@@ -137,9 +131,7 @@ class Spelling(Objective[CTCModel, SpellingReader]):
 
 
 class Tokens:
-    """Some of a language model's tokens; others are spelt by the tokens that they are made of.
-
-    A text starts with a space: a word is then spelt alike wherever it stands.
+    """Some of a language model's tokens; a text is spelt with them if it has no others.
 
     Args:
         tokenizer: the language model's.
@@ -154,20 +146,20 @@ class Tokens:
         return len(self.token_ids)
 
     def spell(self, text: str) -> list[int]:
-        tokens = list(pieces(self.tokenizer, f" {text}", self._id))
+        tokens = self.tokenizer.encode(text)
         if unknown := [token for token in tokens if token not in self._id]:
             raise ValueError(f"text: the ears know no token {self.tokenizer.decode(unknown)!r}, which is in {text!r}")
         return [self._id[token] for token in tokens]
 
     def read(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode([self.token_ids[i - 1] for i in ids]).removeprefix(" ")
+        return self.tokenizer.decode([self.token_ids[i - 1] for i in ids])
 
 
 class Aligning(Spelling):
     """A model's encoder and adapter, which learn to write in its language model's tokens.
 
-    They get a readout of the pieces that are frequent in the run's transcripts, all of which are read once at the start, beside
-    those that they know.
+    They get a readout of the tokens that occur in the run's transcripts, all of which are read once at the start, beside those that
+    they know: over a whole vocabulary it would take most of the time.
     """
 
     def __init__(self, config: TrainConfig, whole: MultimodalLlama) -> None:
@@ -176,8 +168,7 @@ class Aligning(Spelling):
         self.whole = whole
         tokenizer = whole.processor.chat.tokenizer
         known = set() if adapter.readout is None else set(adapter.readout.token_ids.tolist())
-        said = (f" {text}" for text in _transcripts(config))
-        whole.read_speech(sorted(known | frequent_pieces(tokenizer, said, RAREST_PIECE)))
+        whole.read_speech(sorted(known | {token for text in _transcripts(config) for token in tokenizer.encode(text)}))
         assert adapter.readout is not None
         tokens = Tokens(tokenizer, adapter.readout.token_ids.tolist())
         model = TokenCTC(encoder, adapter, tokens, whole.lm.embed_tokens.weight)
@@ -193,5 +184,5 @@ class Aligning(Spelling):
 
 
 def _transcripts(config: TrainConfig) -> Iterator[str]:
-    """All transcripts to train on that can be spelt; the others are the stream's to count."""
-    return read_once(config.data.sources, spelling_of, hears=True, unit="transcript")
+    """All transcripts that can be spelt; the others are the stream's to count."""
+    return read_once((*config.data.sources, *config.data.heldout), spelling_of, hears=True, unit="transcript")

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lm.config import PRESETS
-from lm.pieces import pieces
 from lm.tokenizer import (
     ByteTokenizer,
     JsonTokenizer,
@@ -200,35 +199,15 @@ def test_text_comes_back(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("name", ["tiktoken", "tokenizer.json", "gguf"])
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.9])
-def test_halves_are_what_a_tokenizer_without_its_last_merges_writes(
-    request: pytest.FixtureRequest, name: str, kept: float
-) -> None:
-    """Which both libraries can be: tiktoken with the first of the ranks, tokenizers with the first of the merges."""
-    if name == "tiktoken":
-        whole = TiktokenTokenizer.from_file(request.getfixturevalue("tiktoken_file"))
-        n = 256 + round(kept * (len(whole._ranks) - 256))
-        less: Tokenizer = TiktokenTokenizer({token: rank for token, rank in whole._ranks.items() if rank < n})
-        known = set(range(n))
-    else:
-        fixture = "smollm2" if name == "gguf" else "converted"
-        backend = getattr(found := request.getfixturevalue(fixture), "_backend", found)
-        whole = JsonTokenizer(Backend.from_str(backend.to_str()), bos_id=None, eos_ids=[])
-        settings = json.loads(backend.to_str())
-        vocab, merges = settings["model"]["vocab"], settings["model"]["merges"]
-        settings["model"]["merges"] = merges[: round(kept * len(merges))]
-        settings["model"]["ignore_merges"] = False
-        made = {vocab["".join(merge)] for merge in merges[round(kept * len(merges)) :]}
-        known = set(vocab.values()) - (made - {vocab["".join(merge)] for merge in settings["model"]["merges"]})
-        less = JsonTokenizer(Backend.from_str(json.dumps(settings)), bos_id=None, eos_ids=[])
+def test_letters_are_what_a_text_is_made_of_however_it_is_cut(tokenizer: Tokenizer) -> None:
     for text in TEXTS + random_texts(100, seed=4):
-        assert list(pieces(whole, text, known)) == less.encode(text)
-
-
-def test_special_tokens_and_bytes_have_no_halves(tokenizer: Tokenizer) -> None:
-    assert not any(tokenizer.halves(i) for i in tokenizer.special_tokens.values())
-    assert not any(tokenizer.halves(i) for text in "aé" for i in tokenizer.encode(text) if len(text.encode()) == 1)
+        letters = [letter for token in tokenizer.encode(text) for letter in tokenizer.letters(token)]
+        assert len(letters) == len(text.encode()) and tokenizer.decode(letters) == text
+        assert letters == [
+            letter for char in text for token in tokenizer.encode(char) for letter in tokenizer.letters(token)
+        ]
+    for special in tokenizer.special_tokens.values():
+        assert tokenizer.letters(special) == [special]
 
 
 def test_text_cannot_forge_special_tokens(tokenizer: Tokenizer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +12,12 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from lm.pieces import pieces
-from lm.tokenizer import JsonTokenizer, Tokenizer, byte_alphabet, load_tokenizer
+from lm.tokenizer import JsonTokenizer, byte_alphabet
 from mm.checkpoint import compose
 from mm.model import MultimodalLlama
 from mm.train.loss import next_token_loss
 from speech import readout
-from speech.readout import NOTHING, TokenReadout, respelt
+from speech.readout import NOTHING, TokenReadout, as_written
 
 TOKENS = [2, 3, 5, 7, 11, 13]
 SPEECH = (torch.sin(torch.arange(9000) * 0.3) * 0.3, 16_000)
@@ -114,61 +112,33 @@ def test_a_step_remembers_the_last_frame_that_a_row_has(ears, table_VD):
     assert ears.step(x_BUD, table_VD, state, n_B=torch.tensor([0, 0]))[-1].best_B.tolist() == [1, 2]
 
 
-@pytest.fixture(scope="module")
-def bpe(smollm2_gguf: Path) -> Tokenizer:
-    return load_tokenizer(smollm2_gguf)
+def test_what_was_said_is_heard_in_its_tokens(table_VD):
+    """Mixtures of those that were heard as such, in their order; embeddings of the others; then nothing."""
+    heard_UD = torch.arange(8 * 29.0).reshape(8, 29) + 0.5
+    token_U = torch.tensor([5, NOTHING, 3, 3, NOTHING, 2, 7, NOTHING])
+    written_UD, written_U = as_written(heard_UD, token_U, [5, 11, 3, 7], table_VD)
+    assert written_U.tolist() == [5, 11, 3, 7] + [NOTHING] * 4
+    torch.testing.assert_close(written_UD[:4], torch.stack([heard_UD[0], table_VD[11], heard_UD[2], heard_UD[6]]))
+    for same, as_it_was in zip(
+        as_written(heard_UD, token_U, [5, 3, 3, 2, 7], table_VD), (heard_UD, token_U), strict=True
+    ):
+        torch.testing.assert_close(same[:5], as_it_was[token_U != NOTHING])
 
 
-def in_pieces(bpe: Tokenizer, text: str, known: set[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text as it is heard in pieces, every second frame empty, and mixtures that are no token's embedding."""
-    said = list(pieces(bpe, text, known))
-    token_U = torch.tensor([token for piece in said for token in (piece, NOTHING)], dtype=torch.int64)
-    return torch.arange(len(token_U) * 3.0).reshape(-1, 3) + 0.5, token_U
+def test_silence_and_more_than_there_are_frames(table_VD):
+    heard_UD, token_U = torch.randn(2, 29), torch.tensor([NOTHING, 3])
+    assert as_written(heard_UD, token_U, [], table_VD)[1].tolist() == [NOTHING] * 2
+    for same, before in zip(as_written(heard_UD, token_U, [2, 3, 5], table_VD), (heard_UD, token_U), strict=True):
+        assert torch.equal(same, before)
 
 
-def test_words_in_pieces_are_heard_as_the_language_model_writes_them(bpe):
-    """In the tokens of the text, each an embedding; what was heard as it is written stays the mixture that it was."""
-    text, table_VD = "she retired to a cottonmouth", -torch.arange(bpe.vocab_size * 3.0).reshape(-1, 3)
-    whole = [bpe.encode(word)[0] for word in (" she", " to", " a")]
-    heard_UD, token_U = in_pieces(bpe, f" {text}", set(whole))
-    respelt_UD, respelt_U = respelt(heard_UD, token_U, bpe, table_VD)
-    is_heard_U = respelt_U != NOTHING
-    tokens = respelt_U[is_heard_U].tolist()
-    assert tokens == bpe.encode(text) and len(tokens) < int((token_U != NOTHING).sum())
-    for token, x_D in zip(tokens, respelt_UD[is_heard_U], strict=True):
-        kept = token in whole and token != bpe.encode("she")[0]
-        torch.testing.assert_close(x_D, heard_UD[token_U == token][0] if kept else table_VD[token])
-    assert torch.equal(respelt_UD[token_U == NOTHING], heard_UD[token_U == NOTHING])
-
-
-def test_whole_words_and_silence_are_heard_as_they_are(bpe):
-    table_VD = torch.zeros(bpe.vocab_size, 3)
-    for text in ("so it is", ""):
-        heard_UD, token_U = in_pieces(bpe, text, set(bpe.encode(text)))
-        respelt_UD, respelt_U = respelt(heard_UD, token_U, bpe, table_VD)
-        for before, after in ((heard_UD, respelt_UD), (token_U, respelt_U)):
-            said_U = respelt_U != NOTHING
-            assert torch.equal(after[said_U], before[token_U != NOTHING])
-
-
-def test_what_would_take_more_tokens_than_were_heard_stays_as_it_is(bpe):
-    said = [token for part in (" rid", "export") for token in bpe.encode(part)]
-    assert len(said) == 2 < len(bpe.encode("ridexport"))
-    heard_UD, token_U = torch.randn(2, 3), torch.tensor(said)
-    for before, after in zip((heard_UD, token_U), respelt(heard_UD, token_U, bpe, torch.zeros(9, 3)), strict=True):
-        assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("n", range(1, 6))
-def test_what_is_respelt_does_not_change_when_more_words_follow(bpe, n):
-    """So that a stream may hear a word as soon as the next one starts."""
-    words, table_VD = ["concatenate", "the", "electromagnetic", "fields", "carefully"], torch.zeros(bpe.vocab_size, 3)
-
-    def tokens(said: list[str]) -> list[int]:
-        _, token_U = respelt(*in_pieces(bpe, "".join(f" {word}" for word in said), set()), bpe, table_VD)
-        return token_U[token_U != NOTHING].tolist()
-
-    assert tokens(words)[: len(tokens(words[:n]))] == tokens(words[:n])
+def test_the_likeliest_symbols_are_those_of_all_scores(ears, table_VD, monkeypatch):
+    monkeypatch.setattr(readout, "CHUNK", 4)
+    x_UD = torch.randn(9, 29, generator=torch.Generator().manual_seed(6))
+    log_probs_UK, symbols_UK = ears.likely(x_UD, table_VD)
+    expected_UR = ears.scores(x_UD, ears.embeddings(table_VD)).log_softmax(-1)
+    assert log_probs_UK.shape == (9, 1 + len(TOKENS)) and bool((log_probs_UK.diff(dim=1) <= 0).all())
+    torch.testing.assert_close(expected_UR.gather(1, symbols_UK), log_probs_UK)
 
 
 @pytest.fixture
@@ -262,7 +232,7 @@ def test_a_model_hears_its_own_words_saves_them_and_loads_them(model, tmp_path):
     assert in_bf16.encode_speech(batch)[0].dtype == torch.bfloat16
 
 
-def test_a_model_hears_whole_words_of_pieces(model):
+def test_a_model_hears_letters_as_its_tokenizer_writes_them(model):
     """With a tokenizer that merges all pairs of letters, half as many tokens as without, and embeddings of pairs."""
     letters = "abcdef"
     model.read_speech([ord(letter) for letter in letters])
