@@ -245,26 +245,24 @@ class MultimodalLlama(nn.Module):
         if self.speech_encoder is None or self.speech_adapter is None:
             raise ValueError("audio: this model has no speech part")
         x_AUD, n_tokens_A = self.speech_adapter(*self.speech_encoder(batch.mel_ATM, batch.n_frames_A))
-        if self.speech_adapter.readout is None:
+        readout, table_VD = self.speech_adapter.readout, self.lm.embed_tokens.weight
+        if readout is None:
             return x_AUD[below(n_tokens_A, x_AUD.shape[1])], None
-        table_VD = self.lm.embed_tokens.weight
-        heard_AUD, token_AU = self.speech_adapter.readout(x_AUD, table_VD)
+        heard_AUD, token_AU = readout(x_AUD, table_VD)
+        with torch.no_grad():
+            log_probs_AUK, symbols_AUK = readout.likely(x_AUD, table_VD)
+        chat, token_ids = self.processor.chat, readout.token_ids.tolist()
+        start_id = chat.tokenizer.special_tokens[chat.text_start]
         heard, tokens = [], []
         for a, n in enumerate(n_tokens_A.tolist()):
-            text = self._what_was_said(x_AUD[a, :n])
+            likely = log_probs_AUK[a, :n], symbols_AUK[a, :n]
+            text = what_was_said(self.lm, chat.tokenizer, start_id, *likely, token_ids)
             heard_UD, token_U = as_written(heard_AUD[a, :n], token_AU[a, :n], text, table_VD)
             heard.append(heard_UD)
             tokens.append(token_U)
         silent_BT = torch.zeros_like(batch.valid_BT)
         silent_BT[batch.ids_BT == self.config.media_ids["audio"]] = torch.cat(tokens) == NOTHING
         return torch.cat(heard), silent_BT
-
-    def _what_was_said(self, x_UD: Tensor) -> list[int]:
-        assert self.speech_adapter is not None and self.speech_adapter.readout is not None
-        readout, chat = self.speech_adapter.readout, self.processor.chat
-        likely = readout.likely(x_UD.detach(), self.lm.embed_tokens.weight)
-        start_id = chat.tokenizer.special_tokens[chat.text_start]
-        return what_was_said(self.lm, chat.tokenizer, start_id, *likely, readout.token_ids.tolist())
 
     def read_speech(self, token_ids: Sequence[int]) -> None:
         """From now on, hears speech as mixtures of these tokens (`speech.readout`); what the ears have learnt stays.

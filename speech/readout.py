@@ -97,14 +97,14 @@ class TokenReadout(nn.Module):
         heard_BUD, token_BU, _ = self._read(x_BUD, table_VD, self.init_state(len(x_BUD)))
         return heard_BUD, token_BU
 
-    def likely(self, x_UD: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest symbols of each frame, best first: their log probabilities and numbers, 0 the blank, `(U, K)`."""
+    def likely(self, x_BUD: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest symbols of each frame, best first: their log probabilities and numbers, 0 the blank, `(B, U, K)`."""
         embeddings_RD = self.embeddings(table_VD)
         tops = []
-        for x_CD in x_UD.split(CHUNK):
-            log_probs_CR = self.scores(x_CD, embeddings_RD).log_softmax(-1)
-            tops.append(log_probs_CR.topk(min(N_SYMBOLS, log_probs_CR.shape[1]), dim=-1))
-        return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+        for x_BCD in x_BUD.split(CHUNK, dim=1):
+            log_probs_BCR = self.scores(x_BCD, embeddings_RD).log_softmax(-1)
+            tops.append(log_probs_BCR.topk(min(N_SYMBOLS, log_probs_BCR.shape[-1]), dim=-1))
+        return torch.cat([top.values for top in tops], dim=1), torch.cat([top.indices for top in tops], dim=1)
 
     def init_state(self, batch_size: int) -> TokenReadoutState:
         """State of rows that have heard nothing."""
