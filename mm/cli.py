@@ -532,7 +532,7 @@ def pictures(
 def clips(
     out: Annotated[Path, typer.Option(help="Folder for the shards; made if missing.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
-    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "motions,races,pairs,order,blinks,changes",
+    kinds: Annotated[str, typer.Option(help="Which, with commas.")] = "motions,races,pairs,order,blinks,changes,stills",
     scale: Annotated[float, typer.Option(help="Factor on the number of clips.")] = 1.0,
     workers: Annotated[int, typer.Option(help="Processes that draw.")] = 2,
 ) -> None:

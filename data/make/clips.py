@@ -10,8 +10,11 @@ from data.make.build import make_shards
 from data.make.canvas import Kind
 from data.make.events import Blinks, Changes, Order
 from data.make.motions import Motions, Pairs, Races
+from data.make.stills import Stills
 
-KINDS: Mapping[str, Callable[[], Kind]] = {kind.name: kind for kind in (Motions, Races, Pairs, Order, Blinks, Changes)}
+KINDS: Mapping[str, Callable[[], Kind]] = {
+    kind.name: kind for kind in (Motions, Races, Pairs, Order, Blinks, Changes, Stills)
+}
 
 
 def make_clips(

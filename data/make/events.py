@@ -14,7 +14,7 @@ from typing import ClassVar
 from data.make.actors import Cast
 from data.make.canvas import Question, Source, Split, choose_questions
 from data.make.film import LENGTHS, Clip, Pose, Role, shoot
-from data.make.motions import SIZES, SOURCES, are_apart, either, options, random_place
+from data.make.motions import SIZES, SOURCES, are_apart, either, open_questions, options, random_place
 
 
 def standing(rng: random.Random, count: int) -> list[Pose]:
@@ -58,6 +58,8 @@ class Order:
         names = [actor.name for actor in actors]
         caption = f"the {names[0]} {deed}s" + "".join(f", then the {name}" for name in names[1:])
         questions = choose_questions(rng, list(self._questions(rng, names, deed)))
+        nth = dict(zip(("first", "second", "third") if count == 3 else ("first", "last"), names, strict=True))
+        questions += open_questions(split, caption, *((f"What {deed}s {when}?", name) for when, name in nth.items()))
         rng.shuffle(roles)
         return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions)
 
@@ -107,8 +109,13 @@ class Blinks:
         more = max(zip(counts, names, strict=True))[1]
         questions.append(Question(task="more", question=asked, answer=more, options=options(rng, *names)))
         times = [f"the {n} blinks {c} {'time' if c == 1 else 'times'}" for n, c in zip(names, counts, strict=True)]
-        frames = shoot(rng, split, roles)
-        return Clip(frames=frames, caption=" and ".join(times), questions=choose_questions(rng, questions))
+        frames, caption = shoot(rng, split, roles), " and ".join(times)
+        less = min(zip(counts, names, strict=True))[1]
+        questions = choose_questions(rng, questions)
+        questions += open_questions(
+            split, caption, ("What blinks more often?", more), ("What blinks less often?", less)
+        )
+        return Clip(frames=frames, caption=caption, questions=questions)
 
 
 def blinking(rng: random.Random, n_frames: int, count: int) -> set[int]:
@@ -153,4 +160,8 @@ class Changes:
         ]
         caption = f"the {first} turns into the {second}, then into the {third}"
         frames = shoot(rng, split, roles)
-        return Clip(frames=frames, caption=caption, questions=choose_questions(rng, questions))
+        questions = choose_questions(rng, questions)
+        questions += open_questions(
+            split, caption, ("What is there in the middle?", second), (f"What does the {first} turn into?", second)
+        )
+        return Clip(frames=frames, caption=caption, questions=questions)

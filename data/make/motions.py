@@ -56,6 +56,17 @@ def either(rng: random.Random, names: Sequence[str]) -> str:
     return " or ".join(f"the {name}" for name in rng.sample(names, len(names)))
 
 
+def open_questions(split: Split, caption: str, *asked: tuple[str, str]) -> list[Question]:
+    """For training alone: what happens, and questions that name no candidate, so that a model has to look who does it.
+
+    Held-out clips keep to the questions by which models were compared so far.
+    """
+    if split == "heldout":
+        return []
+    pairs = [("What happens?", caption), *asked]
+    return [Question(task="open", question=question, answer=answer) for question, answer in pairs]
+
+
 def random_place(rng: random.Random, margin: float = MARGIN) -> tuple[float, float]:
     return rng.uniform(margin, SIDE - margin), rng.uniform(margin, SIDE - margin)
 
@@ -109,7 +120,12 @@ class Motions:
             pass
         roles = [Role(actor=actor, poses=poses) for actor, poses in zip(actors, paths, strict=True)]
         caption = " and ".join(f"the {actor.name} {VERBS[deed]}" for actor, deed in zip(actors, deeds, strict=True))
-        questions = choose_questions(rng, list(motion_questions(rng, [actor.name for actor in actors], deeds)))
+        names = [actor.name for actor in actors]
+        questions = choose_questions(rng, list(motion_questions(rng, names, deeds)))
+        who = [
+            (f"What {VERBS[deed]}?", name) for name, deed in zip(names, deeds, strict=True) if deeds.count(deed) == 1
+        ]
+        questions += open_questions(split, caption, *who)
         return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions)
 
 
@@ -184,7 +200,9 @@ class Races:
         caption = f"the {faster} moves {ways[0]} faster than the {slower}, which moves {ways[1]}"
         rng.shuffle(roles)  # who is drawn in front tells nothing
         frames = shoot(rng, split, roles)
-        return Clip(frames=frames, caption=caption, questions=choose_questions(rng, questions))
+        questions = choose_questions(rng, questions)
+        questions += open_questions(split, caption, ("What is faster?", faster), ("What is slower?", slower))
+        return Clip(frames=frames, caption=caption, questions=questions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +225,11 @@ class Pairs:
         questions = choose_questions(rng, list(self._questions(rng, actors, sides, swap)))
         names = " and ".join(f"the {actor.name}" for actor in actors)
         caption = f"{names} {'swap places' if swap else 'come together and turn back'}"
+        at_end = [actor.name for actor in (actors[::-1] if swap else actors)]
+        places = ("on the left", "on the right") if "left" in sides else ("at the top", "at the bottom")
+        where = [(f"What is {place} at the start?", actor.name) for place, actor in zip(places, actors, strict=True)]
+        where += [(f"What is {place} at the end?", name) for place, name in zip(places, at_end, strict=True)]
+        questions += open_questions(split, caption, *where)
         rng.shuffle(roles)
         return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions)
 

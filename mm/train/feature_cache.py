@@ -62,11 +62,18 @@ class FeatureCache:
             path = self.directory / f"{digest('clip', tiles[:, :n_tiles], grid)}.safetensors"
             known = read_features(path)
             if known is None:
-                with torch.autocast(tiles.device.type, enabled=False):
-                    known = encode_frames(self.encoder, Pictures(tiles, grid))[:, :n_tiles].half().cpu()
+                known = self._encode(tiles, grid)[:, :n_tiles].half().cpu()
                 write_features(path, known)
             features_TNLF[:, :n_tiles] = known.to(features_TNLF)
         return features_PNLF
+
+    def _encode(self, tiles_TNCHW: Tensor, grid_T2: Tensor) -> Tensor:
+        """Features of a clip's frames, in FP32; a frame that is the one before it, pixel for pixel, is not looked at again."""
+        is_new_T = torch.ones(len(tiles_TNCHW), dtype=torch.bool, device=tiles_TNCHW.device)
+        is_new_T[1:] = (tiles_TNCHW[1:] != tiles_TNCHW[:-1]).flatten(1).any(1)
+        with torch.autocast(tiles_TNCHW.device.type, enabled=False):
+            features = encode_frames(self.encoder, Pictures(tiles_TNCHW[is_new_T], grid_T2[is_new_T]))
+        return features[is_new_T.cumsum(0) - 1]
 
 
 def write_features(path: Path, features_TNLF: Tensor) -> None:

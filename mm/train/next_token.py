@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.shards import Sample as RawSample
 from data.speech import speech_length
@@ -26,6 +28,8 @@ from mm.train.start import load_model
 
 #: Media that every sample must have in the stages that learn from them: what else it shows goes through frozen parts.
 NEEDED = {"audio": "recording", "video": "clip"}
+#: Rows of up to so many tokens are short: on a CPU, torch's fused attention is slow on the way back there (docs/LOG.md).
+SHORT_ROW = 128
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ class NextToken(Objective[MultimodalLlama, ConversationReader]):
     def loss(self, batch: Batch) -> Tensor:
         if self.features is not None and batch.clips is not None:
             batch = replace(batch, frame_features_PNLF=self.features(batch.clips))
-        return next_token_loss(self.model, batch)
+        with _attention_for(batch.ids_BT):
+            return next_token_loss(self.model, batch)
 
     def n_tokens(self, batch: Batch) -> int:
         return int(batch.valid_BT.sum())
@@ -180,3 +185,9 @@ class NextToken(Objective[MultimodalLlama, ConversationReader]):
 
     def export(self, directory: Path) -> None:
         self.model.save_pretrained(directory)
+
+
+def _attention_for(ids_BT: Tensor) -> AbstractContextManager[object]:
+    """Within it, attention is computed as is faster for a step of training."""
+    is_short = ids_BT.device.type == "cpu" and ids_BT.shape[1] <= SHORT_ROW
+    return sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext()

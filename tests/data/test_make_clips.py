@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.make import actors, build, clips, events, film, motions
+from data.make import actors, build, clips, events, film, motions, stills
 from data.make.actors import Cast
 from data.make.shapes import COLOURS, HELDOUT_PAIRS
 from data.shards import open_source
@@ -21,7 +21,8 @@ from video.frames import load_frames
 
 SPLITS = ("train", "heldout")
 CAST = Cast(troupes=(actors.shapes(),))
-KINDS = {name: kind(cast=CAST) for name, kind in clips.KINDS.items()}
+KINDS = {name: kind(cast=CAST) for name, kind in clips.KINDS.items() if name != "stills"}
+KINDS["stills"] = stills.Stills(troupes=CAST.troupes)
 
 
 def made(kind: str, split: str, index: int, seed: int = 0) -> dict:
@@ -61,8 +62,10 @@ def asked(kind: str, n: int) -> Iterator[tuple[dict, list[str], dict[str, np.nda
 
 def test_motions_are_seen_in_the_pixels() -> None:
     seen: Counter[str] = Counter()
-    for q, (colour, *_), found in asked("motions", 14):
-        n, x, y = found[colour].T
+    for q, colours, found in asked("motions", 14):
+        if q["task"] == "open":
+            colours = [next(colour for colour in found if q["answer"].startswith((colour, f"the {colour}")))]
+        n, x, y = found[colours[0]].T
         if q["task"] == "direction":
             dx, dy = motions.DIRECTIONS[q["answer"]]
             moved = np.array([x[-1] - x[0], y[-1] - y[0]])
@@ -71,10 +74,15 @@ def test_motions_are_seen_in_the_pixels() -> None:
             assert (n[-1] > 1.5 * n[0]) == (q["answer"] == "grow")
         elif q["task"] == "which":
             continue
+        elif q["question"] in ("What grows?", "What shrinks?"):
+            assert (n[-1] > 1.5 * n[0]) == ("grows" in q["question"])
+        elif q["question"].startswith("What moves"):
+            dx, dy = motions.DIRECTIONS[q["question"][len("What moves ") : -1]]
+            assert np.array([x[-1] - x[0], y[-1] - y[0]]) @ (dx, dy) > 15
         elif q["answer"] in ("turns clockwise", "turns counterclockwise", "stays still"):
             assert math.hypot(x[-1] - x[0], y[-1] - y[0]) < 6 and 0.7 < n[-1] / n[0] < 1.4
         seen[q["task"]] += 1
-    assert set(seen) == {"direction", "growth", "rotation", "action"}
+    assert set(seen) == {"direction", "growth", "rotation", "action", "open"}
 
 
 @pytest.mark.parametrize("deed", ["clockwise", "counterclockwise"])
@@ -94,7 +102,7 @@ def test_turning_follows_the_clock(deed: str) -> None:
 def test_races_are_won_by_the_longer_way() -> None:
     for q, colours, found in asked("races", 8):
         ways = {colour: math.hypot(*(f[-1, 1:] - f[0, 1:])) for colour, f in found.items()}
-        if q["task"] == "speed":
+        if q["task"] == "speed" or (q["task"] == "open" and q["question"].startswith("What is")):
             best = (max if "faster" in q["question"] else min)(ways, key=ways.__getitem__)
             assert q["answer"].startswith(best)
         elif q["task"] == "faster":
@@ -102,8 +110,15 @@ def test_races_are_won_by_the_longer_way() -> None:
 
 
 def test_pairs_pass_or_turn_back() -> None:
-    for q, (one, other), found in asked("pairs", 8):
+    for q, named, found in asked("pairs", 8):
+        one, other = named or found
         _, dx, dy = (found[one] - found[other]).T
+        if q["task"] == "open":
+            if q["answer"].startswith(one) and q["question"] != "What happens?":
+                axis = dx if "left" in q["question"] or "right" in q["question"] else dy
+                value = axis[0] if "start" in q["question"] else axis[-1]
+                assert (value < 0) == ("left" in q["question"] or "top" in q["question"])
+            continue
         axis = dy if "above" in q["question"] else dx
         if q["task"] == "place":
             value = axis[0] if "start" in q["question"] else axis[-1]
@@ -121,6 +136,9 @@ def test_order_is_that_of_first_and_last_frames() -> None:
         ordered = sorted(times, key=times.__getitem__)
         if q["task"] == "event":
             assert q["answer"] == deed
+        elif q["task"] == "open":
+            nth = ordered[{"first": 0, "second": 1}.get(q["question"][:-1].split()[-1], -1)]
+            assert q["question"] == "What happens?" or q["answer"].startswith(nth)
         elif q["task"] == "order":
             best = (min if "first" in q["question"] else max)(colours, key=times.__getitem__)
             assert q["answer"].startswith(best)
@@ -134,14 +152,43 @@ def test_blinks_are_counted() -> None:
         times = {colour: int((d[1:] & ~d[:-1]).sum()) for colour, d in dark.items()}
         if q["task"] == "count":
             assert q["answer"] == str(times[colours[0]])
-        else:
-            assert q["answer"].startswith(max(colours, key=times.__getitem__))
+        elif q["question"] != "What happens?":
+            best = (max if "more" in q["question"] else min)(found, key=times.__getitem__)
+            assert q["answer"].startswith(best)
 
 
 def test_changes_come_in_order() -> None:
     for q, _, found in asked("changes", 6):
-        first, last = (max(found, key=lambda colour: found[colour][at, 0]) for at in (0, -1))
-        assert q["answer"].startswith(first if q["task"] == "before" else last)
+        n = len(next(iter(found.values())))
+        first, second, last = (max(found, key=lambda colour: found[colour][at, 0]) for at in (0, n // 2, -1))
+        if q["question"] != "What happens?":
+            assert q["answer"].startswith({"before": first, "after": last, "open": second}[q["task"]])
+
+
+def test_stills_show_what_is_where() -> None:
+    asked_of = Counter()
+    for q, colours, found in asked("stills", 20):
+        at = {colour: f[0, 1:] for colour, f in found.items()}
+        if q["task"] == "places":
+            axis = 0 if "left" in q["question"] else 1
+            assert (at[colours[0]][axis] < film.SIDE / 2) == (q["answer"] in ("left", "top"))
+        elif "from left" in q["question"]:
+            across = [at[colour][0] for colour in re.findall("|".join(COLOURS), q["answer"])]
+            assert len(across) == len(at) and across == sorted(across)
+        elif q["question"] != "What is there?":
+            axis = 0 if re.search("left|right", q["question"]) else 1
+            sign = 1 if re.search("left|top", q["question"]) else -1
+            assert q["answer"].startswith(min(at, key=lambda colour: sign * at[colour][axis]))
+        asked_of[q["task"]] += 1
+    assert min(asked_of.values()) > 5 and len(asked_of) == 2
+
+
+def test_training_alone_asks_without_naming_candidates_and_shows_stills() -> None:
+    for kind in motions.Motions, motions.Races, motions.Pairs, events.Order, events.Blinks, events.Changes:
+        for split in SPLITS:
+            questions = made(kind.name, split, 1)["json"]["questions"]
+            assert ("open" in [q["task"] for q in questions]) == (split == "train")
+    assert set(stills.Stills.sizes) == {"train"}
 
 
 # --- one frame does not tell ---------------------------------------------------------------------------------------------
@@ -247,7 +294,8 @@ def test_shards_read_as_conversations(folder: Path) -> None:
             questions = sample.metadata["questions"]
             assert 16 <= len(load_frames(first["video"])) <= 32
             assert [part["text"] for part in texts] == [q[side] for q in questions for side in ("question", "answer")]
-            assert all(q["answer"] in q["options"] and len(set(q["options"])) > 1 for q in questions)
+            choices = [q for q in questions if q["task"] != "open"]
+            assert all(q["answer"] in q["options"] and len(set(q["options"])) > 1 for q in choices)
             assert len(questions) >= 3
 
 
