@@ -18,7 +18,7 @@ CLEAR = 14.0
 
 
 def portrayed() -> tuple[Troupe, ...]:
-    """Mostly emoji: there are ten times as many as shapes. All of them, as in pictures, also those that no clip may show."""
+    """Mostly emoji, which have the most names: all of them, as in pictures, also those that no clip may show."""
     everyone = emoji()
     everyone = replace(everyone, names={"train": [name for names in everyone.names.values() for name in names]})
     return tuple(
