@@ -22,6 +22,7 @@ from lm.checkpoint import load_llama
 from mm.checkpoint import compose, debug_model
 from mm.config import from_mapping
 from mm.model import MultimodalLlama
+from mm.train import next_token
 from mm.train.config import TrainConfig, default_path, load_config
 from mm.train.feature_cache import FeatureCache
 from mm.train.run_log import read_log
@@ -272,6 +273,25 @@ def test_the_stages_follow_each_other_through_their_scripts(
     assert not torch.equal(before[name], after[name]) and (before[name] - after[name]).abs().max() < 0.01
     ids = torch.randint(256, (2, 11))
     assert torch.equal(second.lm(ids), load_llama("debug")(ids))
+
+
+def test_short_rows_learn_the_same_by_another_kernel(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[bool] = []
+    decode = MultimodalLlama.decode
+    monkeypatch.setattr(
+        MultimodalLlama,
+        "decode",
+        lambda *a, **k: used.append(torch.backends.cuda.flash_sdp_enabled()) or decode(*a, **k),
+    )
+    trainers = [make_trainer(data), make_trainer(data)]
+    losses = []
+    for trainer, longest in zip(trainers, (next_token.SHORT_ROW, 0), strict=True):
+        monkeypatch.setattr(next_token, "SHORT_ROW", longest)
+        losses.append(trainer.accumulate(heldout_batch(trainer)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and set(used) == {True, False}
+    expected = gradients(trainers[1])
+    for name, grad in gradients(trainers[0]).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
 # --- frozen features --------------------------------------------------------------------------------------------------
