@@ -102,8 +102,9 @@ class Stage:
         medium: kind of medium that it learns from. Where `trains` names new tokens, they are those of this medium.
         trains: parts that train; all others are frozen.
         loss: "contrastive" between pictures and texts, "best-rq" on masked speech, "ctc" on the letters of transcripts,
-            "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "next-token" on supervised tokens,
-            "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on the samples of frames.
+            "token-ctc" on their tokens, "caption-words" on the words of captions as sets, "facts" about what questions name,
+            "next-token" on supervised tokens, "rules" of TN tokens, "prosody" of phones, "mel" on their frames, or "waveform" on
+            the samples of frames.
         swaps_lm: the language model may be replaced by another of its shape at the start (7.5.2).
         masks_prompts: only answers are supervised, so its data must be conversations.
     """
@@ -117,6 +118,7 @@ class Stage:
         "ctc",
         "token-ctc",
         "caption-words",
+        "facts",
         "next-token",
         "rules",
         "prosody",
@@ -138,8 +140,9 @@ STAGES: dict[str, Stage] = {
         Stage(name="image-adapter", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-anneal", medium="image", trains=_EYES, loss="next-token"),
         Stage(name="image-sft", medium="image", trains=_EYES, loss="next-token", swaps_lm=True, masks_prompts=True),
-        # Not the paper's: a warm start for small budgets, as speech-align is.
+        # Not the paper's: warm starts for small budgets, as speech-align is.
         Stage(name="video-align", medium="video", trains=frozenset({"aggregator", "head"}), loss="caption-words"),
+        Stage(name="video-ground", medium="video", trains=_MOTION - {"new_tokens"} | {"head"}, loss="facts"),
         Stage(name="video", medium="video", trains=_MOTION, loss="next-token"),
         Stage(name="video-sft", medium="video", trains=_MOTION, loss="next-token", swaps_lm=True, masks_prompts=True),
         Stage(name="speech-encoder", medium="audio", trains=frozenset({"speech_encoder", "head"}), loss="best-rq"),

@@ -164,6 +164,15 @@ class VideoAdapter(CrossAdapter):
         clip_X = clip_E[valid_EN.nonzero()[:, 0]]
         return self.remember(x_ENLW[valid_EN], clip_X, row_P=row_V, position_P=position_V, n_rows=n_rows)
 
+    def first_block_alone(self) -> VideoAdapter:
+        """The part of this adapter up to its first block; the parameters are this one's."""
+        first = self.config.layers[0]
+        with torch.device("meta"):
+            part = VideoAdapter(dataclasses.replace(self.config, layers=(first,)))
+        part.projection, part.aggregator = self.projection, self.aggregator
+        part.blocks[str(first)] = self.blocks[str(first)]
+        return part
+
     def resize(self, grid_size: int) -> None:
         """Follows the image encoder to tiles of `grid_size` x `grid_size` patches."""
         self.aggregator.resize(grid_size)

@@ -113,7 +113,7 @@ def sample_rng(kind: Kind, split: Split, seed: int, index: int) -> random.Random
 
 
 def annotation(kind: Kind, drawn: Drawn) -> dict[str, Any]:
-    """Task, questions, and the same questions as LLaVA-style turns."""
+    """Task, questions, the same questions as LLaVA-style turns, and what is true of what is named."""
     turns = []
     for i, q in enumerate(drawn.questions):
         turns.append({"from": "human", "value": q.question if i else f"{drawn.marker}\n{q.question}"})
@@ -122,7 +122,8 @@ def annotation(kind: Kind, drawn: Drawn) -> dict[str, Any]:
         {key: value for key, value in asdict(question).items() if value or key != "options"}
         for question in drawn.questions
     ]
-    return {"task": kind.name, "kind": kind.name, "conversations": turns, "questions": questions}
+    facts = {"facts": drawn.facts} if drawn.facts else {}
+    return {"task": kind.name, "kind": kind.name, "conversations": turns, "questions": questions} | facts
 
 
 def draw_shard(shard: Shard) -> int:

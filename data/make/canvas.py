@@ -19,6 +19,8 @@ from data.shards import IMAGE_MARKER
 Split = Literal["train", "heldout"]
 Colour = tuple[int, int, int]
 Size = tuple[int, int]  #: width, height in pixels
+#: What is true of each named thing, each kind of fact in one word or a few: `{"drum": {"deed": "moves left", "pace": "faster"}}`.
+Facts = Mapping[str, Mapping[str, str]]
 
 #: Where Debian packages lie: installed, or unpacked by a user without root.
 PACKAGE_ROOTS = (Path("/"), Path.home() / ".local/share/debian")
@@ -60,6 +62,9 @@ class Drawn(Protocol):
     @property
     def questions(self) -> Sequence[Question]: ...
 
+    @property
+    def facts(self) -> Facts: ...
+
     def encode(self, rng: random.Random) -> tuple[str, bytes]:
         """File extension and content."""
 
@@ -74,6 +79,7 @@ class Picture:
     questions: Sequence[Question]
 
     marker: ClassVar[str] = IMAGE_MARKER
+    facts: ClassVar[Facts] = {}
 
     def encode(self, rng: random.Random) -> tuple[str, bytes]:
         """JPEG of quality 85 to 95, one in twenty PNG."""

@@ -60,8 +60,10 @@ class Order:
         questions = choose_questions(rng, list(self._questions(rng, names, deed)))
         nth = dict(zip(("first", "second", "third") if count == 3 else ("first", "last"), names, strict=True))
         questions += open_questions(split, caption, *((f"What {deed}s {when}?", name) for when, name in nth.items()))
+        turns = ("first", "last") if count == 2 else ("first", "second", "last")
+        facts = {name: {"turn": turn} for name, turn in zip(names, turns, strict=True)}
         rng.shuffle(roles)
-        return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions)
+        return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions, facts=facts)
 
     def _questions(self, rng: random.Random, names: Sequence[str], deed: str) -> Iterator[Question]:
         for pair in combinations(names, 2):
@@ -115,7 +117,11 @@ class Blinks:
         questions += open_questions(
             split, caption, ("What blinks more often?", more), ("What blinks less often?", less)
         )
-        return Clip(frames=frames, caption=caption, questions=questions)
+        facts = {
+            name: {"blinks": str(count), "than the other": "more" if name == more else "less"}
+            for name, count in zip(names, counts, strict=True)
+        }
+        return Clip(frames=frames, caption=caption, questions=questions, facts=facts)
 
 
 def blinking(rng: random.Random, n_frames: int, count: int) -> set[int]:
@@ -164,4 +170,7 @@ class Changes:
         questions += open_questions(
             split, caption, ("What is there in the middle?", second), (f"What does the {first} turn into?", second)
         )
-        return Clip(frames=frames, caption=caption, questions=questions)
+        facts = {
+            name: {"there": when} for name, when in zip(names, ("at the start", "between", "at the end"), strict=True)
+        }
+        return Clip(frames=frames, caption=caption, questions=questions, facts=facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar, cast
 
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data.make.actors import CONTENT, CUTOUT, Actor
-from data.make.canvas import Question, Split, contrasting_ground, strip
+from data.make.canvas import Facts, Question, Split, contrasting_ground, strip
 from data.shards import VIDEO_MARKER
 
 #: Side of a clip in pixels, and frames per second.
@@ -46,6 +46,7 @@ class Clip:
     frames: Sequence[Image.Image]
     caption: str
     questions: Sequence[Question]
+    facts: Facts = field(default_factory=dict)
 
     marker: ClassVar[str] = VIDEO_MARKER
 

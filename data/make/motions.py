@@ -126,7 +126,8 @@ class Motions:
             (f"What {VERBS[deed]}?", name) for name, deed in zip(names, deeds, strict=True) if deeds.count(deed) == 1
         ]
         questions += open_questions(split, caption, *who)
-        return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions)
+        facts = {name: {"deed": VERBS[deed]} for name, deed in zip(names, deeds, strict=True)}
+        return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions, facts=facts)
 
 
 def random_deed(rng: random.Random) -> str:
@@ -202,7 +203,11 @@ class Races:
         frames = shoot(rng, split, roles)
         questions = choose_questions(rng, questions)
         questions += open_questions(split, caption, ("What is faster?", faster), ("What is slower?", slower))
-        return Clip(frames=frames, caption=caption, questions=questions)
+        facts = {
+            name: {"deed": VERBS[way], "pace": pace}
+            for name, way, pace in zip(names, ways, ("faster", "slower"), strict=True)
+        }
+        return Clip(frames=frames, caption=caption, questions=questions, facts=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +235,12 @@ class Pairs:
         where = [(f"What is {place} at the start?", actor.name) for place, actor in zip(places, actors, strict=True)]
         where += [(f"What is {place} at the end?", name) for place, name in zip(places, at_end, strict=True)]
         questions += open_questions(split, caption, *where)
+        facts: dict[str, dict[str, str]] = {name: {} for name in at_end}
+        for when, order in (("start", [actor.name for actor in actors]), ("end", at_end)):
+            for name, place in zip(order, places, strict=True):
+                facts[name][when] = place
         rng.shuffle(roles)
-        return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions)
+        return Clip(frames=shoot(rng, split, roles), caption=caption, questions=questions, facts=facts)
 
     def _questions(
         self, rng: random.Random, actors: Sequence[Actor], sides: tuple[str, str], swap: bool

@@ -52,7 +52,9 @@ class Stills:
         questions = [Question(task="names", question="What is there, from left to right?", answer=caption)]
         if count == 1:
             questions = [Question(task="names", question="What is there?", answer=names[0])]
-        return Clip(frames=frames, caption=caption, questions=[*questions, *_questions(rng, names, poses)])
+        questions += _questions(rng, names, poses)
+        facts = {name: {way: side for way, _, side in _sides(pose)} for name, pose in zip(names, poses, strict=True)}
+        return Clip(frames=frames, caption=caption, questions=questions, facts=facts)
 
 
 def _questions(rng: random.Random, names: Sequence[str], poses: Sequence[Pose]) -> Iterator[Question]:
@@ -68,8 +70,13 @@ def _questions(rng: random.Random, names: Sequence[str], poses: Sequence[Pose]) 
         if others and others[0][0] - first > CLEAR:
             yield Question(task="names", question=f"What is {place}?", answer=name, options=options(rng, *names))
     for name, pose in zip(names, poses, strict=True):
-        for sides, at in ((("left", "right"), pose.x), (("top", "bottom"), pose.y)):
-            if abs(at - SIDE / 2) > CLEAR:
-                question = f"Is the {name} {'on' if 'left' in sides else 'at'} {either(rng, sides)}?"
-                answer = sides[at > SIDE / 2]
-                yield Question(task="places", question=question, answer=answer, options=options(rng, *sides))
+        for way, sides, side in _sides(pose):
+            question = f"Is the {name} {'on' if way == 'across' else 'at'} {either(rng, sides)}?"
+            yield Question(task="places", question=question, answer=side, options=options(rng, *sides))
+
+
+def _sides(pose: Pose) -> Iterator[tuple[str, tuple[str, str], str]]:
+    """On which side of the middle a thing is, across and down, where that is clear; and the two that are possible."""
+    for way, sides, at in (("across", ("left", "right"), pose.x), ("down", ("top", "bottom"), pose.y)):
+        if abs(at - SIDE / 2) > CLEAR:
+            yield way, sides, sides[at > SIDE / 2]

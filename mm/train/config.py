@@ -309,6 +309,7 @@ MODEL_KEYS = {
     ("next-token", "image"): {"init_from", "swap_lm", "lm", "image", "encoder", "stem", "open_gates"},
     ("next-token", "video"): {"init_from", "swap_lm", "swap_image", "video", "open_gates", "from_image"},
     ("caption-words", "video"): {"init_from", "video", "from_image"},
+    ("facts", "video"): {"init_from", "video", "from_image", "open_gates"},
     ("best-rq", "audio"): {"encoder", "best_rq"},
     ("ctc", "audio"): {"encoder"},
     ("token-ctc", "audio"): {"init_from", "lm", "speech", "encoder"},
@@ -372,7 +373,7 @@ class TrainConfig:
         model = self.model
         if stray := model.given() - MODEL_KEYS[self.stage_spec.loss, self.medium]:
             raise ValueError(f"model.{min(stray)}: stage {self.stage} does not read it; leave it out")
-        if self.stage_spec.loss in ("next-token", "token-ctc", "caption-words"):
+        if self.stage_spec.loss in ("next-token", "token-ctc", "caption-words", "facts"):
             self._check_whole_model()
         elif self.stage in VOICE_PRESETS:
             self._check_voice_model()

@@ -105,7 +105,7 @@ class Contrastive(Objective[ContrastiveModel, PairReader]):
         pictures = Pictures.collate([pair.tiles for pair in pairs]).to(self.model.logit_scale.device)
         nearest = self.model.zero_shot(pictures, sorted({pair.caption for pair in pairs}))
         rows = [
-            Shown(picture_of(raw, None), first_question(raw), pair.caption, caption)
+            Shown(picture_of(raw, None), first_question(raw.messages), pair.caption, caption)
             for raw, pair, caption in zip(raws, pairs, nearest, strict=True)
         ]
         return rows, share_right(rows)

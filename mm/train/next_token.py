@@ -138,7 +138,7 @@ class NextToken(Objective[MultimodalLlama, ConversationReader]):
     def loss(self, batch: Batch) -> Tensor:
         if self.features is not None and batch.clips is not None:
             batch = replace(batch, frame_features_PNLF=self.features(batch.clips))
-        with _attention_for(batch.ids_BT):
+        with attention_for(batch.ids_BT):
             return next_token_loss(self.model, batch)
 
     def n_tokens(self, batch: Batch) -> int:
@@ -164,7 +164,7 @@ class NextToken(Objective[MultimodalLlama, ConversationReader]):
         """Transcripts are scored by their errors, other answers by the share that is right."""
         log_mel = self.model.processor.log_mel
         rows = [
-            Shown(picture_of(raw, log_mel), first_question(raw), self.reader.answer(raw), answer)
+            Shown(picture_of(raw, log_mel), first_question(raw.messages), self.reader.answer(raw), answer)
             for raw, answer in zip(raws, self.predict(raws, max_new_tokens), strict=True)
         ]
         transcribed = [i for i, raw in enumerate(raws) if self.reader.task(raw) == "asr"]
@@ -187,7 +187,7 @@ class NextToken(Objective[MultimodalLlama, ConversationReader]):
         self.model.save_pretrained(directory)
 
 
-def _attention_for(ids_BT: Tensor) -> AbstractContextManager[object]:
+def attention_for(ids_BT: Tensor) -> AbstractContextManager[object]:
     """Within it, attention is computed as is faster for a step of training."""
     is_short = ids_BT.device.type == "cpu" and ids_BT.shape[1] <= SHORT_ROW
     return sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext()

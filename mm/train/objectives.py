@@ -6,6 +6,7 @@ from typing import Any
 
 from mm.train.config import TrainConfig
 from mm.train.contrastive import Contrastive
+from mm.train.grounding import Grounding
 from mm.train.masked_speech import MaskedSpeech
 from mm.train.mel_prediction import MelPrediction
 from mm.train.naming import Naming
@@ -31,6 +32,8 @@ def make_objective(config: TrainConfig) -> Objective[Any, Any]:
             return Aligning(config, load_model(config))
         case "caption-words":
             return Naming(config, load_model(config))
+        case "facts":
+            return Grounding(config, load_model(config))
         case "next-token":
             return NextToken(config)
         case "rules":

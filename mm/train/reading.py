@@ -96,9 +96,9 @@ def split_answer(raw: RawSample, messages: Sequence[dict[str, Any]]) -> tuple[li
     raise ValueError(f"sample {raw.key!r} of {raw.source!r} has no answer")
 
 
-def first_question(raw: RawSample) -> str:
+def first_question(messages: Sequence[dict[str, Any]]) -> str:
     """The text of the user's first turn."""
-    turns = [message for message in raw.messages if message["role"] == "user"]
+    turns = [message for message in messages if message["role"] == "user"]
     return _text(turns[0]) if turns else ""
 
 

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +189,51 @@ def test_training_alone_asks_without_naming_candidates_and_shows_stills() -> Non
             questions = made(kind.name, split, 1)["json"]["questions"]
             assert ("open" in [q["task"] for q in questions]) == (split == "train")
     assert set(stills.Stills.sizes) == {"train"}
+
+
+#: Of each task, whether a fact about a name in the question says the answer.
+SAYS: dict[str, Callable[[dict[str, str], dict], bool]] = {
+    "action": lambda said, q: said["deed"] == q["answer"],
+    "direction": lambda said, q: said["deed"] == f"moves {q['answer']}",
+    "growth": lambda said, q: said["deed"] == f"{q['answer']}s",
+    "rotation": lambda said, q: said["deed"] == f"turns {q['answer']}",
+    "faster": lambda said, q: said["pace"] == q["answer"],
+    "count": lambda said, q: said["blinks"] == q["answer"],
+    "place": lambda said, q: (
+        {"on the left": "left", "on the right": "right", "at the top": "above", "at the bottom": "below"}[
+            said[re.match("At the (start|end)", q["question"])[1]]
+        ]
+        == q["answer"]
+    ),
+    "places": lambda said, q: said["across" if "left" in q["options"] else "down"] == q["answer"],
+}
+#: And whether a fact about the answer, where that is a name, says what was asked for.
+CHOSEN: dict[str, Callable[[dict[str, str], dict], bool]] = {
+    "which": lambda said, q: said["deed"] in q["question"],
+    "speed": lambda said, q: said["pace"] in q["question"],
+    "more": lambda said, q: said["than the other"] == "more",
+    "before": lambda said, q: said["there"] == "at the start",
+    "after": lambda said, q: said["there"] == "at the end",
+    "order": lambda said, q: said["turn"] == "second" or said["turn"] in q["question"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_facts_say_what_answers_say(kind: str) -> None:
+    checked: Counter[str] = Counter()
+    for i in range(12):
+        sample = made(kind, "train", i)["json"]
+        facts = sample["facts"]
+        for q in sample["questions"]:
+            first = min(facts, key=lambda name: (q["question"].find(f"the {name}") % 1000, -len(name)))
+            if q["task"] in SAYS:
+                assert SAYS[q["task"]](facts[first], q), q
+            elif q["task"] in CHOSEN:
+                assert CHOSEN[q["task"]](facts[q["answer"]], q), q
+            else:
+                continue
+            checked[q["task"]] += 1
+    assert len(checked) >= 1 and checked.total() >= 10
 
 
 # --- one frame does not tell ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import nn
 from mm.checkpoint import debug_model
 from mm.stages import STAGES, LearningRates, apply, part_of
 from mm.train.discriminators import Discriminators
+from mm.train.grounding import GroundingModel
 from mm.train.loss import next_token_loss
 from mm.train.naming import NamingModel
 from speech.acoustic import PRESETS as ACOUSTICS
@@ -37,6 +38,7 @@ MATRIX = {
     "image-anneal": {"stem", "vit", "gated_layers", "image_adapter"},
     "image-sft": {"stem", "vit", "gated_layers", "image_adapter"},
     "video-align": {"aggregator", "head"},
+    "video-ground": {"aggregator", "video_adapter", "head"},
     "video": {"aggregator", "video_adapter", "new_tokens"},
     "video-sft": {"aggregator", "video_adapter", "new_tokens"},
     "speech-encoder": {"speech_encoder", "head"},
@@ -66,6 +68,8 @@ def model_of(stage: str) -> nn.Module:
         whole = debug_model()
         assert whole.image_encoder is not None and whole.video_adapter is not None
         return NamingModel(whole.image_encoder, whole.video_adapter, torch.zeros(3))
+    if stage == "video-ground":
+        return GroundingModel(debug_model(), [("turn", "first"), ("turn", "last")])
     if stage == "tts-normalizer":
         return nn.ModuleDict({"normalizer": TextNormalizer(NormalizerConfig(dim=12, n_heads=2))})
     if stage == "tts-prosody":

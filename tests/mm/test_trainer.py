@@ -190,6 +190,7 @@ def test_shipped_yaml_is_complete(stage: str, suffix: str) -> None:
     rated = {
         "image-encoder": {"encoder"},
         "video-align": {"adapter", "head"},
+        "video-ground": {"adapter", "head", "gates"},
         "video": {"adapter", "new_tokens", "gates"},
         "video-sft": {"adapter", "new_tokens", "gates"},
         "speech-encoder": {"encoder", "head"},
@@ -343,7 +344,7 @@ def test_samples_are_asked_their_first_question_alone() -> None:
         for i, text in enumerate(said)
     ]
     raw = RawSample(key="a", source="made", messages=messages, metadata={})
-    assert split_answer(raw, messages) == (messages[:1], "moves left") and first_question(raw) == said[0]
+    assert split_answer(raw, messages) == (messages[:1], "moves left") and first_question(raw.messages) == said[0]
     with pytest.raises(ValueError, match="sample 'a' of 'made' has no answer"):
         split_answer(raw, messages[:1])
 

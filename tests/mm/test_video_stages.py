@@ -25,6 +25,7 @@ from mm.model import MultimodalLlama
 from mm.train import next_token
 from mm.train.config import TrainConfig, default_path, load_config
 from mm.train.feature_cache import FeatureCache
+from mm.train.grounding import CHOSEN, mentions
 from mm.train.run_log import read_log
 from mm.train.start import load_model
 from mm.train.trainer import Collate, Trainer, TrainingError
@@ -67,6 +68,33 @@ def clip_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clips") / "colours.tar"
     write_shard(path, samples)
     return path
+
+
+@pytest.fixture(scope="module")
+def fact_shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips, asked which colour comes first, and what is true of each."""
+    samples = []
+    for colours, (n_frames, size) in SHOWN.items():
+        first, second = colours.split()
+        questions = {"Colours?": colours, f"Which is first, {min(first, second)} or {max(first, second)}?": first}
+        said = [text for pair in questions.items() for text in pair]
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+        turns[0]["value"] = "<video>\n" + turns[0]["value"]
+        facts = {first: {"turn": "first"}, second: {"turn": "second"}}
+        clip = encode_clip(colours, n_frames, size)
+        key = colours.replace(" ", "-")
+        samples.append({"__key__": key, "mp4": clip, "txt": colours, "json": {"conversations": turns, "facts": facts}})
+    path = tmp_path_factory.mktemp("facts") / "colours.tar"
+    write_shard(path, samples)
+    return path
+
+
+@pytest.fixture
+def facts(data: dict[str, Any], fact_shard: Path) -> dict[str, Any]:
+    """A small run that learns from facts."""
+    data["data"] |= {key: [{"path": str(fact_shard)}] for key in ("sources", "heldout")}
+    data["optim"]["lr"] = {"adapter": 1e-3, "head": 1e-3, "gates": 1e-2}
+    return data
 
 
 @pytest.fixture
@@ -118,10 +146,10 @@ def test_a_step_moves_all_that_trains_and_nothing_else(stage: str, data: dict[st
     assert moved.tolist() == [trainer.model.config.media_ids["video"] - trainer.model.config.lm.vocab_size]
 
 
-@pytest.mark.parametrize("stage", ["video-align", "video"])
-def test_the_cut_into_micro_batches_changes_nothing(stage: str, data: dict[str, Any]) -> None:
-    data["optim"]["lr"]["head"] = 1e-3
-    trainer = make_trainer(data, stage)
+@pytest.mark.parametrize("stage", ["video-align", "video-ground", "video"])
+def test_the_cut_into_micro_batches_changes_nothing(stage: str, facts: dict[str, Any]) -> None:
+    facts["optim"]["lr"]["new_tokens"] = 1e-3
+    trainer = make_trainer(facts, stage)
     whole = trainer.accumulate(heldout_batch(trainer))
     expected = {name: grad.clone() for name, grad in gradients(trainer).items()}
     for size in (1, 3):
@@ -195,10 +223,98 @@ def test_words_need_captions_and_one_clip(data: dict[str, Any], clip_shard: Path
         make_trainer(data | {"data": {"sources": [mute], "heldout": [mute]}}, "video-align")
 
 
-@pytest.mark.parametrize("stage", ["video-align", "video"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage: str, data: dict[str, Any], tmp_path: Path) -> None:
+def test_facts_train_what_leads_to_the_first_block_and_nothing_that_stays_but_it(facts: dict[str, Any]) -> None:
+    trainer = make_trainer(facts, "video-ground")
+    before = {name: tensor.clone() for name, tensor in trainer.objective.whole.state_dict().items()}
+    trainer.train_step(next(iter(trainer.stream)))
+    changed = {n for n, t in trainer.objective.whole.state_dict().items() if not torch.equal(t, before[n])}
+    first = f"video_adapter.blocks.{trainer.objective.whole.video_adapter.config.layers[0]}."
+    learns = {n for n in before if n.startswith(("video_adapter.projection.", "video_adapter.aggregator.", first))}
+    assert changed == learns
+    assert set(trainer.trained) == learns | {n for n, _ in trainer.model.named_parameters() if n.startswith("head.")}
+
+
+def test_the_readout_sees_what_the_whole_model_has_at_that_place(facts: dict[str, Any]) -> None:
+    """State after the block at the last token of a name, though the rest of the model never ran."""
+    trainer = make_trainer(facts, "video-ground")
+    whole, reader = trainer.objective.whole.eval(), trainer.objective.reader
+    batch = reader.collate([reader.prepare(raw) for raw in trainer.heldout])
+    seen: list[torch.Tensor] = []
+    trainer.model.head.norm.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    with torch.no_grad():
+        trainer.objective.loss(batch)
+        media, position_BT = whole.encode_media(batch.questions), batch.questions.valid_BT.cumsum(1) - 1
+        position_BT = torch.where(batch.questions.valid_BT, position_BT, -1)
+        (layer, *_) = whole.video_adapter.config.layers
+        adapters = whole.adapters(media, position_BT)
+        h_BTD = whole.lm.hidden(
+            whole.embed(batch.questions.ids_BT), valid_BS=batch.questions.valid_BS, adapters=adapters, n_layers=layer
+        )
+        h_BTD = adapters[layer](h_BTD)
+    row_N, token_N, _ = batch.fact_N3.unbind(1)
+    torch.testing.assert_close(seen[0], h_BTD[row_N, token_N])
+    tokenizer = whole.tokenizer
+    assert tokenizer is not None
+    ids = [batch.questions.ids_BT[row, : token + 1].tolist() for row, token in zip(row_N, token_N, strict=True)]
+    assert {tokenizer.decode(row[-6:]).split()[-1] for row in ids} == {"red", "blue", "green"}
+
+
+def test_a_debug_model_finds_which_colour_comes_first_and_video_goes_on_from_there(
+    facts: dict[str, Any], tmp_path: Path
+) -> None:
+    facts["data"] |= {"window": 1, "feature_cache": str(tmp_path / "features")}
+    facts["optim"] |= {"steps": 60, "micro_batch_size": 4, "lr": {"adapter": 1e-2, "head": 1e-2, "gates": 2e-2}}
+    facts |= {"eval": {"every": 1000, "samples": 4, "pictures": 4}}
+    trainer = make_trainer(facts, "video-ground")
+    assert trainer.objective.values == [(CHOSEN, "no"), (CHOSEN, "yes"), ("turn", "first"), ("turn", "second")]
+    export = trainer.train()
+    first, *_, last = read_log(tmp_path / "run")
+    assert last["heldout/facts"] == 1.0 and last["heldout/facts, turn"] == 1.0
+    assert last["heldout/loss"] < 0.3 < 0.6 < first["loss"] and "gates/attn.3" in first
+    with Image.open(tmp_path / "run" / "samples" / "step_000060.png") as sheet:
+        assert sheet.width >= 4 * 100
+    rates = {"adapter": 1e-3, "new_tokens": 1e-3, "gates": 1e-3}
+    config = facts | {"output": str(tmp_path / "video"), "model": {"init_from": str(export)}}
+    after = make_trainer(config | {"optim": facts["optim"] | {"lr": rates}}).model.state_dict()
+    name = "video_adapter.blocks.3.cross_attn.q_proj.weight"
+    assert torch.equal(after[name], trainer.objective.whole.state_dict()[name])
+
+
+def test_mentions_are_whole_names_and_say_whether_the_answer_is_theirs() -> None:
+    known = {"star": {"deed": "grows"}, "red star": {"deed": "moves left", "pace": "slower"}}
+    said = list(mentions("Is the red star faster than the star, or the starfish?", "faster", known))
+    assert [(mention.end, dict(mention.values)) for mention in said] == [
+        (15, known["red star"]),
+        (36, known["star"]),
+    ]
+    said = list(mentions("Which is faster, the star or the red star?", "red star", known))
+    assert [dict(mention.values)[CHOSEN] for mention in said] == ["no", "yes"]
+    assert all(CHOSEN not in dict(mention.values) for mention in mentions("What does the star do?", "star", known))
+    assert list(mentions("What happens?", "star", known)) == []
+
+
+def test_facts_are_refused_where_there_are_none_or_no_question_asks(
+    facts: dict[str, Any], fact_shard: Path, clip_shard: Path
+) -> None:
+    reader = make_trainer(facts, "video-ground").objective.reader
+    raw = open_source(str(fact_shard), name="clips")[0]
+    wrong = {
+        r'has no "facts"': None,
+        '"facts" must be like': {"red": "first"},
+        "no question mentions": {"drum": {"a": "b"}},
+    }
+    for message, said in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            reader.prepare(replace(raw, metadata=raw.metadata | {"facts": said}))
+    mute = [{"path": str(clip_shard)}]
+    with pytest.raises(ValueError, match=r'data\.sources: no sample has "facts"'):
+        make_trainer(facts | {"data": {"sources": mute, "heldout": mute}}, "video-ground")
+
+
+@pytest.mark.parametrize("stage", ["video-align", "video-ground", "video"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(stage: str, facts: dict[str, Any], tmp_path: Path) -> None:
     """Also where one run finds all features on disk, and the other makes them."""
-    data["optim"]["lr"]["head"] = 1e-3
+    data = facts | {"optim": facts["optim"] | {"lr": facts["optim"]["lr"] | {"new_tokens": 1e-3}}}
     cached = data["data"] | {"feature_cache": str(tmp_path / "features")}
     whole, stopped = ({"output": str(tmp_path / name), "data": cached} for name in ("whole", "stopped"))
     make_trainer(data, stage, **whole).train()
