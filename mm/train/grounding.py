@@ -32,7 +32,7 @@ from mm.train.feature_cache import FeatureCache
 from mm.train.next_token import attention_for
 from mm.train.objective import Objective
 from mm.train.reading import exchanges, first_question, media_of, read_once, split_answer
-from mm.train.showing import picture_of
+from mm.train.showing import gate_gauges, picture_of
 from video.clips import encode_frames
 from vision.encoder import ImageEncoder
 
@@ -256,8 +256,7 @@ class Grounding(Objective[GroundingModel, GroundingReader]):
 
     def gauges(self) -> dict[str, float]:
         """How far the block's gates are open."""
-        gates = self.model.video_adapter.gates()
-        return {f"gates/{kind}.{i}": pair[k] for i, pair in gates.items() for k, kind in enumerate(("attn", "mlp"))}
+        return gate_gauges(self.model.video_adapter)
 
     def freeze_precision(self) -> None:
         """The language model alone: frozen eyes go into the export, where nothing may have rounded them."""

@@ -23,7 +23,7 @@ from mm.train.feature_cache import FeatureCache
 from mm.train.loss import count_targets, next_token_loss
 from mm.train.objective import Objective
 from mm.train.reading import as_caption, first_question, media_of, one_exchange, read_varied, split_answer
-from mm.train.showing import picture_of, recognition_scores, share_right
+from mm.train.showing import gate_gauges, picture_of, recognition_scores, share_right
 from mm.train.start import load_model
 
 #: Media that every sample must have in the stages that learn from them: what else it shows goes through frozen parts.
@@ -153,8 +153,7 @@ class NextToken(Objective[MultimodalLlama, ConversationReader]):
     def gauges(self) -> dict[str, float]:
         """How far the gates under training are open."""
         adapter = {"image": self.model.image_adapter, "video": self.model.video_adapter}.get(self.medium)
-        gates = adapter.gates() if adapter is not None else {}
-        return {f"gates/{kind}.{i}": pair[k] for i, pair in gates.items() for k, kind in enumerate(("attn", "mlp"))}
+        return gate_gauges(adapter) if adapter is not None else {}
 
     def freeze_precision(self) -> None:
         """The language model alone: frozen eyes go into the export, where nothing may have rounded them."""

@@ -15,6 +15,7 @@ from mm.sheet import Shown, mel_picture
 from mm.train.reading import media_of
 from speech.features import LogMel
 from video.frames import load_frames
+from vision.adapter import CrossAdapter
 
 
 def picture_of(raw: RawSample, log_mel: LogMel | None) -> Image.Image:
@@ -46,3 +47,10 @@ def recognition_scores(rows: Sequence[Shown], languages: Sequence[str]) -> dict[
         return {}
     said, wanted = [row.prediction or "" for row in rows], [row.answer for row in rows]
     return {name: rate(said, wanted, language).value for name, rate in (("wer", wer), ("cer", cer))}
+
+
+def gate_gauges(adapter: CrossAdapter) -> dict[str, float]:
+    """How far the gates of an adapter are open, by kind and layer of the language model."""
+    return {
+        f"gates/{kind}.{i}": pair[k] for i, pair in adapter.gates().items() for k, kind in enumerate(("attn", "mlp"))
+    }

@@ -123,6 +123,14 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in trainer.trained.items() if p.grad is not None}
 
 
+def assert_video_goes_on(run: dict[str, Any], warmed: Trainer, export: Path | None, name: str) -> None:
+    """Stage video starts from what a warm start exported, of which one tensor is looked at."""
+    rates = {"adapter": 1e-3, "new_tokens": 1e-3, "gates": 1e-3}
+    config = run | {"output": run["output"] + "-video", "model": {"init_from": str(export)}}
+    after = make_trainer(config | {"optim": run["optim"] | {"lr": rates}}).model.state_dict()
+    assert torch.equal(after[name], warmed.objective.whole.state_dict()[name])
+
+
 def heldout_batch(trainer: Trainer, size: int = 4) -> Any:
     reader = trainer.objective.reader
     return Collate(reader, size)([reader.prepare(raw) for raw in trainer.heldout])
@@ -201,11 +209,7 @@ def test_a_debug_model_tells_the_words_of_four_captions_and_video_goes_on_from_t
     assert last["heldout/words"] == 1.0 and last["heldout/loss"] < 0.3 < 1.5 < first["loss"]
     with Image.open(tmp_path / "run" / "samples" / "step_000060.png") as sheet:
         assert sheet.width >= 4 * 100
-    rates = {"adapter": 1e-3, "new_tokens": 1e-3, "gates": 1e-3}
-    config = data | {"output": str(tmp_path / "video"), "model": {"init_from": str(export)}}
-    after = make_trainer(config | {"optim": data["optim"] | {"lr": rates}}).model.state_dict()
-    name = "video_adapter.aggregator.layers.0.mlp.up_proj.weight"
-    assert torch.equal(after[name], trainer.objective.whole.state_dict()[name])
+    assert_video_goes_on(data, trainer, export, "video_adapter.aggregator.layers.0.mlp.up_proj.weight")
 
 
 def test_words_need_captions_and_one_clip(data: dict[str, Any], clip_shard: Path, tmp_path: Path) -> None:
@@ -273,11 +277,7 @@ def test_a_debug_model_finds_which_colour_comes_first_and_video_goes_on_from_the
     assert last["heldout/loss"] < 0.3 < 0.6 < first["loss"] and "gates/attn.3" in first
     with Image.open(tmp_path / "run" / "samples" / "step_000060.png") as sheet:
         assert sheet.width >= 4 * 100
-    rates = {"adapter": 1e-3, "new_tokens": 1e-3, "gates": 1e-3}
-    config = facts | {"output": str(tmp_path / "video"), "model": {"init_from": str(export)}}
-    after = make_trainer(config | {"optim": facts["optim"] | {"lr": rates}}).model.state_dict()
-    name = "video_adapter.blocks.3.cross_attn.q_proj.weight"
-    assert torch.equal(after[name], trainer.objective.whole.state_dict()[name])
+    assert_video_goes_on(facts, trainer, export, "video_adapter.blocks.3.cross_attn.q_proj.weight")
 
 
 def test_mentions_are_whole_names_and_say_whether_the_answer_is_theirs() -> None:
